@@ -1,0 +1,37 @@
+"""From records to answers: steps to target, fits with intervals, judged claims, advice. Imports no JAX and no matplotlib."""
+
+from bsjax.analysis.advice import Advice, advise
+from bsjax.analysis.claim import Claim, Finding
+from bsjax.analysis.claims import JUDGES, judge_all
+from bsjax.analysis.claims_noise import judge_direction_stable, judge_oscillation, judge_variance_inverse_b
+from bsjax.analysis.claims_rate import judge_linear_scaling, judge_throughput
+from bsjax.analysis.claims_training import judge_flat_minima, judge_generalizes, judge_more_steps
+from bsjax.analysis.fits import bootstrap_critical_batch_size, bootstrap_slope, fit_steps, knee, loglog_slope
+from bsjax.analysis.selection import BestRate, best_rate, steps_to_target
+from bsjax.analysis.table import results_table
+
+__all__ = [
+  "JUDGES",
+  "Advice",
+  "BestRate",
+  "Claim",
+  "Finding",
+  "advise",
+  "best_rate",
+  "bootstrap_critical_batch_size",
+  "bootstrap_slope",
+  "fit_steps",
+  "judge_all",
+  "judge_direction_stable",
+  "judge_flat_minima",
+  "judge_generalizes",
+  "judge_linear_scaling",
+  "judge_more_steps",
+  "judge_oscillation",
+  "judge_throughput",
+  "judge_variance_inverse_b",
+  "knee",
+  "loglog_slope",
+  "results_table",
+  "steps_to_target",
+]

@@ -1,0 +1,250 @@
+"""A convolution that stays fast inside loops and differentiates in every mode, and a max pool of slices.
+
+XLA's CPU compiler brings a convolution into the form of its fast kernel only in the entry computation of a module; in the
+body of `scan`, `while` or `map` a convolution with any other order of dimensions runs in a naive loop nest, 10 to 100 times
+slower (jax-ml/jax#12868). The gradients that JAX derives for a convolution have such orders. So the convolution and its two
+gradients are primitives here, each lowered on the CPU from a plain function whose convolution is in the fast form from the
+start (input NHWC, kernel HWIO, output NHWC), with transposes around it. Elsewhere they lower to `lax.conv_general_dilated`
+and the gradients JAX derives from it.
+
+The three maps are bilinear, and closed under transposition and batching, so any composition of `grad`, `jvp`, `linearize`
+and `vmap` consists of these three primitives again:
+
+  convolution      y[n, i, j, o]  = sum_{a, b, c} x[n, s i + a - p, s j + b - q, c] w[a, b, c, o]
+  input_gradient   x'[n, u, v, c] = sum_{a, b, o} dy[n, (u - a + p) / s, (v - b + q) / s, o] w[a, b, c, o]
+  filter_gradient  w'[a, b, c, o] = sum_{n, i, j} x[n, s i + a - p, s j + b - q, c] dy[n, i, j, o]
+
+with stride s and leading padding (p, q). Each operand and result has one more leading axis, the lanes V: pairs that are
+convolved independently. A `vmap` over one operand only is folded into its examples or its channels; a `vmap` over both
+adds lanes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from bsjax.types import Array
+
+
+class Geometry(NamedTuple):
+  """What the three maps share besides their operands: it fixes every spatial shape."""
+
+  input_size: tuple[int, int]
+  kernel_size: tuple[int, int]
+  stride: int
+  padding: tuple[tuple[int, int], tuple[int, int]]
+
+  @property
+  def output_size(self) -> tuple[int, int]:
+    height, width = (
+      (size + low + high - kernel) // self.stride + 1
+      for size, kernel, (low, high) in zip(self.input_size, self.kernel_size, self.padding, strict=True)
+    )
+    return height, width
+
+
+def conv(x: Array, w: Array, *, stride: int = 1, padding: Literal["SAME", "VALID"] = "SAME") -> Array:
+  """Convolves images with a kernel (a cross-correlation, as in every deep-learning library).
+
+  Args:
+    x: `float[B, H, W, I]`.
+    w: `float[kh, kw, I, O]`, of the dtype of `x`.
+    stride: The step in both directions.
+    padding: `"SAME"` pads with zeros to an output of `ceil(H / stride)`; `"VALID"` does not pad.
+
+  Returns:
+    `float[B, H', W', O]`, equal to `lax.conv_general_dilated` in value and in all derivatives up to rounding.
+
+  Raises:
+    ValueError: If ranks, channels or dtypes do not match, or the kernel is larger than an unpadded image.
+  """
+  if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
+    raise ValueError(f"conv got x{x.shape} and w{w.shape}; wanted x[B, H, W, I] and w[kh, kw, I, O] with equal I.")
+  if x.dtype != w.dtype:
+    raise ValueError(f"conv got x of {x.dtype} and w of {w.dtype}; cast one of them so that both are the same.")
+  (height, width), (kernel_height, kernel_width) = x.shape[1:3], w.shape[:2]
+  vertical, horizontal = lax.padtype_to_pads((height, width), (kernel_height, kernel_width), (stride, stride), padding)
+  geometry = Geometry((height, width), (kernel_height, kernel_width), stride, (vertical, horizontal))
+  if min(geometry.output_size) < 1:
+    raise ValueError(f"conv got x{x.shape} and w{w.shape}, a kernel larger than the image; use padding='SAME'.")
+  return _bind(_convolution, x[None], w[None], geometry)[0]
+
+
+def max_pool(x: Array) -> Array:
+  """Takes the maximum of each 2x2 window, with stride 2; an odd last row or column is dropped.
+
+  Three pairwise maxima of strided slices: the gradient of `lax.reduce_window` is a `select_and_scatter`, which was 6 to 15
+  times slower than theirs on the CPU.
+
+  Holds: where the maximum is unique, value and gradient are those of `nn.max_pool`. Ties share the gradient here
+  (`jnp.maximum` halves it at each of its two levels: two equal entries get 1/2 each, four get 1/4 each), whereas
+  `select_and_scatter` gives all of it to the first. After a ReLU ties are at zero, where no gradient passes either way.
+
+  Args:
+    x: `float[B, H, W, C]`.
+
+  Returns:
+    `float[B, H // 2, W // 2, C]`.
+  """
+  height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+  top = jnp.maximum(x[:, 0:height:2, 0:width:2], x[:, 0:height:2, 1:width:2])
+  bottom = jnp.maximum(x[:, 1:height:2, 0:width:2], x[:, 1:height:2, 1:width:2])
+  return jnp.maximum(top, bottom)
+
+
+# The three maps, one lane each: the plain form, and the form of XLA's fast CPU kernel.
+
+
+def _convolve(x: Array, w: Array, **options: Any) -> Array:
+  return lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+
+
+def _convolution_of(geometry: Geometry, x: Array, w: Array) -> Array:
+  return _convolve(x, w, window_strides=(geometry.stride,) * 2, padding=geometry.padding)
+
+
+def _plain_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Array:
+  x = jax.ShapeDtypeStruct((dy.shape[0], *geometry.input_size, w.shape[2]), dy.dtype)
+  return jax.linear_transpose(lambda x: _convolution_of(geometry, x, w), x)(dy)[0]
+
+
+def _plain_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
+  w = jax.ShapeDtypeStruct((*geometry.kernel_size, x.shape[3], dy.shape[3]), dy.dtype)
+  return jax.linear_transpose(lambda w: _convolution_of(geometry, x, w), w)(dy)[0]
+
+
+def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Array:
+  """Convolves `dy`, spread out by the stride, with the flipped kernel, input and output channels exchanged."""
+  padding = [
+    (kernel - 1 - low, size - (output - 1) * geometry.stride - 1 + low)
+    for size, kernel, output, (low, _) in zip(
+      geometry.input_size, geometry.kernel_size, geometry.output_size, geometry.padding, strict=True
+    )
+  ]
+  flipped = w[::-1, ::-1].swapaxes(2, 3)
+  return _convolve(dy, flipped, window_strides=(1, 1), padding=padding, lhs_dilation=(geometry.stride,) * 2)
+
+
+def _canonical_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
+  """Convolves `x` with `dy` as a kernel spread out by the stride, examples and channels exchanged."""
+  missing = [
+    kernel + (output - 1) * geometry.stride - size - low
+    for size, kernel, output, (low, _) in zip(
+      geometry.input_size, geometry.kernel_size, geometry.output_size, geometry.padding, strict=True
+    )
+  ]
+  # A stride that does not divide the image leaves rows and columns that no window reached: cut them.
+  height, width = (size + min(more, 0) for size, more in zip(geometry.input_size, missing, strict=True))
+  images = x[:, :height, :width].transpose(3, 1, 2, 0)
+  kernel = dy.transpose(1, 2, 0, 3)
+  padding = [(low, max(more, 0)) for (low, _), more in zip(geometry.padding, missing, strict=True)]
+  gradient = _convolve(images, kernel, window_strides=(1, 1), padding=padding, rhs_dilation=(geometry.stride,) * 2)
+  return gradient.transpose(1, 2, 0, 3)
+
+
+# The primitives. Operands have a leading axis of lanes.
+
+
+def _bind(primitive: Primitive, lhs: Array, rhs: Array, geometry: Geometry) -> Array:
+  """Applies the primitive; under `shard_map`, both operands first become varying over the axes that either varies over."""
+  axes = [jax.typeof(operand).manual_axis_type.varying for operand in (lhs, rhs)]
+  lhs, rhs = (
+    lax.pcast(operand, tuple(missing), to="varying") if (missing := (axes[0] | axes[1]) - own) else operand
+    for operand, own in zip((lhs, rhs), axes, strict=True)
+  )
+  return primitive.bind(lhs, rhs, geometry=geometry)
+
+
+def _make_primitive(
+  name: str,
+  plain: Callable[[Geometry, Array, Array], Array],
+  canonical: Callable[[Geometry, Array, Array], Array],
+  lhs_fold: tuple[int, int],
+  rhs_fold: tuple[int, int],
+) -> Primitive:
+  """Makes a primitive of a bilinear map.
+
+  Args:
+    name: As printed in a jaxpr.
+    plain: The map for one lane, for any platform.
+    canonical: The same map for the CPU.
+    lhs_fold: The axis of the first operand, and of the result, into which a vmapped axis of that operand alone is folded.
+    rhs_fold: The same for the second operand.
+
+  Returns:
+    The primitive; it has no derivatives yet.
+  """
+  primitive = Primitive(name)
+
+  def plain_lanes(lhs: Array, rhs: Array, *, geometry: Geometry) -> Array:
+    return jax.vmap(partial(plain, geometry))(lhs, rhs)
+
+  def canonical_lanes(lhs: Array, rhs: Array, *, geometry: Geometry) -> Array:
+    if lhs.shape[0] == 1:
+      return canonical(geometry, lhs[0], rhs[0])[None]
+    # One lane after another: on the CPU a grouped convolution is several times slower.
+    return lax.map(lambda lane: canonical(geometry, *lane), (lhs, rhs))
+
+  def batch(operands: tuple[Array, Array], axes: tuple[Any, Any], *, geometry: Geometry) -> tuple[Array, int]:
+    (lhs, rhs), (lhs_axis, rhs_axis) = operands, axes
+    if rhs_axis is None:
+      size, (lhs_at, at) = lhs.shape[lhs_axis], lhs_fold
+      lhs = _fold(lhs, lhs_axis, lhs_at)
+    elif lhs_axis is None:
+      size, (rhs_at, at) = rhs.shape[rhs_axis], rhs_fold
+      rhs = _fold(rhs, rhs_axis, rhs_at)
+    else:
+      size, at = lhs.shape[lhs_axis], 0
+      lhs, rhs = _fold(lhs, lhs_axis, 0), _fold(rhs, rhs_axis, 0)
+    out = _bind(primitive, lhs, rhs, geometry)
+    return out.reshape(*out.shape[:at], size, -1, *out.shape[at + 1 :]), at
+
+  def shape(lhs: Any, rhs: Any, *, geometry: Geometry) -> Any:
+    one_lane = [jax.ShapeDtypeStruct(operand.shape[1:], operand.dtype) for operand in (lhs, rhs)]
+    out = jax.eval_shape(partial(canonical, geometry), *one_lane)
+    return lhs.update(shape=(lhs.shape[0], *out.shape), dtype=out.dtype)
+
+  primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
+  primitive.def_abstract_eval(shape)
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, mlir.lower_fun(plain_lanes, multiple_results=False))
+  mlir.register_lowering(primitive, mlir.lower_fun(canonical_lanes, multiple_results=False), platform="cpu")
+  return primitive
+
+
+def _fold(x: Array, mapped_axis: int, axis: int) -> Array:
+  """Merges the mapped axis into `axis`, numbered without it; the mapped index varies slowest."""
+  x = jnp.moveaxis(x, mapped_axis, axis)
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+# Axes with lanes: images are [V, N, H, W, C], kernels [V, kh, kw, I, O].
+_convolution = _make_primitive("loop_safe_convolution", _convolution_of, _convolution_of, (1, 1), (4, 4))
+_input_gradient = _make_primitive(
+  "loop_safe_input_gradient", _plain_input_gradient_of, _canonical_input_gradient_of, (1, 1), (3, 4)
+)
+_filter_gradient = _make_primitive(
+  "loop_safe_filter_gradient", _plain_filter_gradient_of, _canonical_filter_gradient_of, (4, 3), (4, 4)
+)
+
+ad.defbilinear(
+  _convolution,
+  lambda ct, x, w, geometry: _bind(_input_gradient, ct, w, geometry),
+  lambda ct, x, w, geometry: _bind(_filter_gradient, x, ct, geometry),
+)
+ad.defbilinear(
+  _input_gradient,
+  lambda ct, dy, w, geometry: _bind(_convolution, ct, w, geometry),
+  lambda ct, dy, w, geometry: _bind(_filter_gradient, ct, dy, geometry),
+)
+ad.defbilinear(
+  _filter_gradient,
+  lambda ct, x, dy, geometry: _bind(_input_gradient, dy, ct, geometry),
+  lambda ct, x, dy, geometry: _bind(_convolution, x, ct, geometry),
+)

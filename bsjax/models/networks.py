@@ -1,0 +1,139 @@
+"""The networks: a multilayer perceptron and a small convolutional network, as pairs of pure functions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bsjax.models.conv import conv, max_pool
+from bsjax.types import Array, Key, ModelState, Variables
+
+BatchNorm = Literal["none", "running", "batch"]
+"""Which statistics normalise a layer: no normalisation; those of the batch in training and running averages in
+inference; or those of whatever batch is given, in inference too."""
+
+BATCH_NORM_MOMENTUM = 0.9
+"""Weight of the old value in a running average. Our choice (Goyal et al. 2017, section 5.1, use the same)."""
+BATCH_NORM_EPSILON = 1e-5
+"""Added to the variance before its root: a constant feature is then mapped to its bias. Our choice."""
+
+
+class Model(NamedTuple):
+  """A network as two pure functions.
+
+  `init(key) -> Variables(params, model_state)`; it may be jitted, and vmapped over keys.
+
+  `apply(params, model_state, images, *, train) -> (logits f32[B, classes], new_model_state)`, with `images`
+  `f32[B, *input_shape]`, already scaled. The state comes back unchanged when `train` is false, and is an empty dict
+  for a network without batch norm.
+  """
+
+  init: Callable[[Key], Variables]
+  apply: Callable[..., tuple[Array, ModelState]]
+
+
+def mlp(
+  input_shape: Sequence[int], widths: Sequence[int], num_classes: int, *, batch_norm: BatchNorm = "none"
+) -> Model:
+  """Builds a perceptron: flatten, then (dense, batch norm if any, ReLU) per width, then a dense layer to the logits.
+
+  `mlp((28, 28, 1), (512,) * 5, 10, batch_norm="batch")` is F1 of Keskar et al. (2017, table 1 and appendix B);
+  `"batch"` is what their code does (Keras' mode 2). They start from uniform weights; kernels here are He normal (variance
+  2 / fan-in) before a ReLU and LeCun normal (1 / fan-in) before the logits, biases zero.
+  `"running"` and `"batch"` have the same parameters and state, so a network trained in one can be evaluated in the other.
+
+  Holds: moments are taken over the whole batch given, the global one under `jit` on a mesh; the variance is the biased one,
+  by centring. Under `vmap` over examples each would be normalised by itself: only `"none"`, or `"running"` with
+  `train=False`, has per-example losses.
+  """
+  return _make_model(_Mlp(tuple(widths), num_classes, batch_norm), tuple(input_shape))
+
+
+def cnn(input_shape: Sequence[int], num_classes: int, *, channels: Sequence[int] = (16, 32)) -> Model:
+  """Builds a convolutional network: (3x3 convolution, ReLU) per entry of `channels`, a 2x2 max pool after every second, then a
+  dense layer to the logits.
+
+  Args:
+    input_shape: `(H, W, C)`.
+    num_classes: Number of logits.
+    channels: Output channels of each convolution; padding is "SAME" and the stride 1. The default is meant for 8x8 digits.
+  """
+  return _make_model(_Cnn(tuple(channels), num_classes), tuple(input_shape))
+
+
+class Conv(nn.Module):
+  """A convolution with bias, by the loop-safe `conv`; He normal kernel (variance 2 / (k k I)), zero bias.
+
+  `f[B, H, W, I] -> f[B, H', W', features]`; parameters `kernel` `[k, k, I, features]` and `bias` `[features]`.
+  """
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  padding: Literal["SAME", "VALID"] = "SAME"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return conv(x, kernel, stride=self.stride, padding=self.padding) + bias[None, None, None]
+
+
+class _Mlp(nn.Module):
+  widths: tuple[int, ...]
+  num_classes: int
+  batch_norm: BatchNorm
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    x = x.reshape(x.shape[0], -1)
+    for width in self.widths:
+      # The bias is kept before batch norm too, as Keskar et al. do, though it changes nothing there but the parameter count.
+      x = nn.Dense(width, kernel_init=nn.initializers.he_normal())(x)
+      if self.batch_norm != "none":
+        x = nn.BatchNorm(
+          use_running_average=self.batch_norm == "running" and not train,
+          momentum=BATCH_NORM_MOMENTUM,
+          epsilon=BATCH_NORM_EPSILON,
+          use_fast_variance=False,
+        )(x)
+      x = nn.relu(x)
+    return nn.Dense(self.num_classes)(x)
+
+
+class _Cnn(nn.Module):
+  channels: tuple[int, ...]
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    del train
+    for number, features in enumerate(self.channels, start=1):
+      x = nn.relu(Conv(features)(x))
+      if number % 2 == 0:
+        x = max_pool(x)
+    return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+def _make_model(network: nn.Module, input_shape: tuple[int, ...]) -> Model:
+  """Turns a module called as `network(images, train)` into a `Model`."""
+
+  @jax.jit
+  def init(key: Key) -> Variables:
+    variables = network.init(key, jnp.zeros((1, *input_shape)), False)
+    return Variables(variables["params"], variables.get("batch_stats", {}))
+
+  def apply(params: Any, model_state: ModelState, images: Array, *, train: bool) -> tuple[Array, ModelState]:
+    if images.shape[1:] != input_shape or not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f"images are {images.dtype}{list(images.shape)}; wanted floats of shape [B, {', '.join(map(str, input_shape))}]: "
+        "scale integers and add the batch axis first."
+      )
+    variables = {"params": params, "batch_stats": model_state}
+    logits, updated = network.apply(variables, images, train, mutable=["batch_stats"])
+    return logits, updated["batch_stats"] if train else model_state
+
+  return Model(init, apply)

@@ -1,0 +1,58 @@
+"""Sums over a data set that is too large for one pass."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bsjax.types import Batch
+
+Tree = TypeVar("Tree")
+
+
+def sum_over_chunks(chunk_fn: Callable[[Batch], Tree], examples: Batch, *, chunk_size: int) -> Tree:
+  """Add up `chunk_fn(chunk)` over consecutive chunks of the examples.
+
+  Args:
+    chunk_fn: maps a chunk of any length to a pytree of sums over its examples.
+    examples: a pytree with leading axis N.
+    chunk_size: examples per chunk, static: memory grows with it.
+
+  Returns:
+    The sum over all N examples.
+
+  Raises:
+    ValueError: `chunk_size` is not positive, or the leading axes disagree.
+
+  Holds: every example counts once. Where N is not a multiple of `chunk_size` the remainder is a shorter chunk of its
+  own, compiled beside the loop. The data are sliced in place, not copied.
+  """
+  if chunk_size < 1:
+    raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
+  num_examples = count_examples(examples)
+  if num_examples <= chunk_size:
+    return chunk_fn(examples)
+  num_full, remainder = divmod(num_examples, chunk_size)
+
+  def chunk_sum(start, size):
+    return chunk_fn(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), examples))
+
+  def add_chunk(total, index):
+    return optax.tree.add(total, chunk_sum(index * chunk_size, chunk_size)), None
+
+  if remainder:
+    start = chunk_sum(num_full * chunk_size, remainder)
+  else:
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: chunk_sum(0, chunk_size)))
+  total, _ = jax.lax.scan(add_chunk, start, jnp.arange(num_full))
+  return total
+
+
+def count_examples(examples: Batch) -> int:
+  """Read N off the leading axes, which must agree."""
+  lengths = {x.shape[0] for x in jax.tree.leaves(examples)}
+  if len(lengths) != 1 or lengths == {0}:
+    raise ValueError(f"examples have leading axes {sorted(lengths)}; wanted one common, positive length.")
+  return lengths.pop()

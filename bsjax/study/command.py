@@ -1,0 +1,113 @@
+"""The command line around an experiment: flags, one-line errors, exit codes, the compilation cache, provenance."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from bsjax.records import RecordError
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+SHOWN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, in `~/.cache/bsjax/xla` unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/bsjax/xla").expanduser()))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def describe_environment() -> dict[str, Any]:
+  """Tells what the numbers were made with: versions, device, code revision and command line."""
+  devices = jax.devices()
+  return {
+    "command_line": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+    "code_revision": code_revision(),
+    "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    "host_cores": len(os.sched_getaffinity(0)),
+    "processor": _processor(),
+    "python": platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in SHOWN_PACKAGES},
+  }
+
+
+def _module_name() -> str:
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  return spec.name if spec else Path(sys.argv[0]).name
+
+
+def _processor() -> str:
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor() or platform.machine()
+  return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def code_revision() -> str:
+  """Returns the git commit of this source tree, with "+changes" if it was edited since; "unknown" outside a checkout."""
+  here = Path(__file__).parent
+  try:
+    commit = subprocess.run(
+      ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    status = subprocess.run(
+      ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return commit + ("+changes" if status.stdout.strip() else "")
+
+
+def _help(documentation: str, module: str) -> str:
+  lines = [documentation.strip(), "", "flags:"]
+  for flag in flags.FLAGS.get_key_flags_for_module(module):
+    default = f" ({flag.default_as_str})" if flag.default is not None else ""
+    lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
+  return "\n".join(lines)
+
+
+def run_command(prepare: Callable[[], Callable[[], Path]], *, documentation: str, module: str) -> int:
+  """Parses the flags, runs an experiment, and returns the exit code.
+
+  Args:
+    prepare: reads the flags and checks everything that can be wrong with them; returns the run itself.
+    documentation: what `--help` shows above the flags.
+    module: whose flags `--help` lists.
+
+  A `ValueError` of `prepare`, and a `RecordError` of either, is the user's to mend: one line on standard error and
+  exit code 2. Anything else is ours and keeps its traceback.
+  """
+  if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+    print(_help(documentation, module))
+    return 0
+  try:
+    extra = flags.FLAGS(sys.argv)[1:]
+    if extra:
+      raise ValueError(f"unexpected argument {extra[0]!r}: flags are written --name=value; --help lists them")
+    run = prepare()
+  except (flags.Error, ValueError) as error:
+    return _refuse(error)
+  try:
+    report = run()
+  except RecordError as error:
+    return _refuse(error)
+  except KeyboardInterrupt:
+    print("interrupted: what is done is kept, the same command continues from there", file=sys.stderr)
+    return EXIT_INTERRUPTED
+  print(f"report: {report.absolute()}")
+  return 0
+
+
+def _refuse(error: Exception) -> int:
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  return EXIT_BAD_INPUT

@@ -1,0 +1,126 @@
+"""What is measured of a trained state: test metrics, sharpness, gradient noise."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bsjax.probes import (
+  GradientMoments,
+  LossFn,
+  TopEigenvalue,
+  gradient_moments,
+  hessian_vector_product,
+  minibatch_statistics,
+  noise_statistics,
+  top_eigenvalue,
+)
+from bsjax.train import PROBE_STREAM, TrainState, Trial, chunked, evaluate, stream
+from bsjax.types import Array, Batch, Key, ModelState, Params
+from bsjax.workloads import Workload, num_params
+
+MOST_GRADIENT_NUMBERS = 4e9
+"""Exact gradient noise reads every per-example gradient, N P numbers; above this the first examples alone are the population."""
+CHUNK_NUMBERS = 4e6
+"""Numbers of per-example gradients held at once."""
+HESSIAN_EXAMPLES, HESSIAN_CHUNK = 10_000, 1024
+"""The Hessian is that of the mean loss over the first training examples, at most so many, taken so many at a time."""
+MINIBATCHES = 64
+"""Minibatches sampled per batch size and checkpoint."""
+LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
+
+
+class Measurements:
+  """The probes of one workload, with their compiled programs; calling it is the `probe` of `run_trials`.
+
+  Batch norm: `example_loss` uses the running statistics of the state ("running"), in which a per-example gradient is
+  defined and the Hessian is that of the trained function.
+  """
+
+  def __init__(self, workload: Workload, batch_sizes: tuple[int, ...]) -> None:
+    self.workload, self.batch_sizes = workload, batch_sizes
+    self.noise_examples = int(min(len(workload.train), max(256, MOST_GRADIENT_NUMBERS // num_params(workload))))
+    self.chunk_size = int(max(8, min(512, CHUNK_NUMBERS // num_params(workload))))
+    self.splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
+    self._evaluate = jax.jit(functools.partial(evaluate, workload.example_metrics))
+    self._moments = jax.jit(self._gradient_moments)
+    self._minibatches = jax.jit(self._minibatch_statistics)
+    self._top = jax.jit(self._top_eigenvalue)
+
+  def __call__(self, trial: Trial, state: TrainState) -> list[dict[str, Any]]:
+    """Makes the measurements named in `trial.config.probes` and returns their rows."""
+    probes = {"test": self.test, "sharpness": self.sharpness, "noise": self.noise}
+    return [row for name in trial.config.probes for row in probes[name](trial, state)]
+
+  def test(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
+    """Measures the metrics on the test set, which nothing else ever reads, and on the whole training set."""
+    del trial
+    row: dict[str, Any] = {"probe": "test", "step": int(state.step)}
+    for split, data in self.splits.items():
+      metrics = jax.device_get(self._evaluate(state.params, state.model_state, data))
+      row |= {f"{split}_{name}": value for name, value in metrics.items()}
+    yield row
+
+  def sharpness(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
+    """Measures the largest eigenvalue of the Hessian of the mean training loss, with its residual norm."""
+    count = min(len(self.workload.train), HESSIAN_EXAMPLES)
+    top = self._top(state, self._first_examples(count), stream(jnp.uint32(trial.seed), PROBE_STREAM))
+    value, residual, num_matvecs = jax.device_get((top.value, top.residual, top.num_matvecs))
+    yield {
+      "probe": "sharpness",
+      "step": int(state.step),
+      "sharpness": value,
+      "residual": residual,
+      "num_matvecs": num_matvecs,
+      "num_examples": count,
+    }
+
+  def noise(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
+    """Measures the gradient noise exactly over the population, and that of sampled minibatches of every batch size.
+
+    Minibatches are drawn without replacement, as in training; which ones is a function of (seed, step).
+    """
+    examples = self._first_examples(self.noise_examples)
+    moments = self._moments(state, examples)
+    yield {"probe": "noise", "step": int(state.step)} | noise_statistics(moments)._asdict()
+    draw = np.random.default_rng((trial.seed, int(state.step)))
+    for batch_size in self.batch_sizes:
+      if batch_size > self.noise_examples:
+        continue
+      indices = np.stack([draw.permutation(self.noise_examples)[:batch_size] for _ in range(MINIBATCHES)])
+      deviations, cosines = jax.device_get(self._minibatches(state, examples, indices, moments.mean_grad))
+      yield {
+        "probe": "minibatch",
+        "step": int(state.step),
+        "batch_size": batch_size,
+        "num_samples": MINIBATCHES,
+        "num_examples": self.noise_examples,
+        "variance": np.mean(deviations, dtype=np.float64),
+        "variance_sem": np.std(deviations, ddof=1, dtype=np.float64) / MINIBATCHES**0.5,
+        "cosine": np.mean(cosines, dtype=np.float64),
+        "cosine_sem": np.std(cosines, ddof=1, dtype=np.float64) / MINIBATCHES**0.5,
+      }
+
+  def _first_examples(self, count: int) -> Batch:
+    return {name: jnp.asarray(array[:count]) for name, array in self.workload.train.arrays.items()}
+
+  def _loss_fn(self, model_state: ModelState) -> LossFn:
+    return lambda params, example: self.workload.example_loss(params, model_state, example)
+
+  def _gradient_moments(self, state: TrainState, examples: Batch) -> GradientMoments:
+    return gradient_moments(self._loss_fn(state.model_state), state.params, examples, chunk_size=self.chunk_size)
+
+  def _minibatch_statistics(
+    self, state: TrainState, examples: Batch, indices: Array, mean_grad: Params
+  ) -> tuple[Array, Array]:
+    return minibatch_statistics(self._loss_fn(state.model_state), state.params, examples, indices, mean_grad)
+
+  def _top_eigenvalue(self, state: TrainState, examples: Batch, key: Key) -> TopEigenvalue:
+    loss_fn = self._loss_fn(state.model_state)
+    start = optax.tree.random_like(key, state.params, sampler=jax.random.normal)
+    matvec = functools.partial(hessian_vector_product, loss_fn, state.params, examples, chunk_size=HESSIAN_CHUNK)
+    return top_eigenvalue(matvec, start, max_matvecs=LANCZOS_STEPS, tolerance=LANCZOS_TOLERANCE)

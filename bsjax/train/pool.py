@@ -1,0 +1,288 @@
+"""A pool of lanes: trials of one config take turns in one compiled program, and leave records.
+
+A lane that finishes or diverges takes the next waiting trial. A lane's numbers do not depend on its neighbours, so
+records are the same whatever was already done, interrupted or added.
+"""
+
+import contextlib
+import functools
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bsjax.records import append_rows, create_trial, cut_rows, read_record, set_status, trial_id
+from bsjax.records.write import METRICS, PROBES
+from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
+from bsjax.train.evaluate import chunked
+from bsjax.train.segment import Rows, build_segment, device_arrays, rows_per_segment
+from bsjax.train.state import TrainState, init_state
+from bsjax.train.trial import Trial, TrialConfig
+from bsjax.types import Array, Hparams
+from bsjax.workloads import Workload, num_params
+
+Probe = Callable[[Trial, TrainState], list[dict[str, Any]]]
+"""Measures at a step of `config.probe_steps` and returns flat rows for `probes.jsonl`."""
+
+SIDE_BY_SIDE = 5
+"""Lanes of a pool whose steps are so small that starting them costs more than computing them."""
+SMALL_STEP_FLOPS = {"cpu": 2e6, "gpu": 2e9, "tpu": 2e9}
+"""Below this many FLOP a step (6 P B) is small. CPU: measured break-even on two cores (docs/architecture.md); the others are
+guesses until measured."""
+
+
+@functools.lru_cache(maxsize=32)
+def _init(workload: Workload, optimizer: str) -> Callable[[Hparams, Array], TrainState]:
+  return jax.jit(lambda hparams, seed: init_state(workload, optimizer, hparams, seed))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacked: Any, one: Any, lane: int) -> Any:
+  return jax.tree.map(lambda array, value: array.at[lane].set(value), stacked, one)
+
+
+@jax.jit
+def _take(stacked: Any, lane: int) -> Any:
+  return jax.tree.map(lambda array: array[lane], stacked)
+
+
+@dataclass
+class _Lane:
+  """A trial in its seat: the step of its state on the device, and how many steps were reported as progress."""
+
+  trial: Trial
+  step: int
+  began: float
+  reported: int
+  diverged_at: int | None = None
+
+
+class _InFlight(NamedTuple):
+  """A dispatched segment: its rows, how many, and each lane with the step at which they begin."""
+
+  rows: Rows
+  num_rows: int
+  seats: list[tuple[_Lane, int] | None]
+
+
+def num_lanes(workload: Workload, config: TrialConfig, mesh: Mesh) -> int:
+  """Chooses how many trials run side by side: a function of the config and the mesh only, so that programs are the same on a rerun."""
+  small = 6 * num_params(workload) * config.batch_size <= SMALL_STEP_FLOPS.get(jax.default_backend(), 2e9)
+  lanes = SIDE_BY_SIDE if small else 1
+  spread = mesh.shape["trial"]
+  return -(-lanes // spread) * spread
+
+
+def is_finished(folder: Path) -> bool:
+  """Tells whether a trial directory needs no more work; a damaged one raises `RecordError`."""
+  return (folder / "status.json").exists() and read_record(folder).status["state"] in ("complete", "diverged")
+
+
+def run_trials(
+  workload: Workload,
+  trials: Sequence[Trial],
+  folder: Path,
+  *,
+  mesh: Mesh,
+  probe: Probe | None = None,
+  provenance: dict[str, Any] | None = None,
+  on_progress: Callable[[int], None] = lambda steps: None,
+  checkpoint_seconds: float = 20.0,
+) -> None:
+  """Trains every trial that is not finished and writes its directory `<folder>/<trial id>/`.
+
+  Args:
+    trials: of one config; duplicates are run once.
+    mesh: axes "trial" and "data"; lanes are spread over the first, batches over the second.
+    probe: called with the state of one trial at each of `config.probe_steps`.
+    provenance: written in every `trial.json` (kind, code revision, versions, device, command).
+    on_progress: called with the number of trial-steps that were just settled (trained, skipped or given up).
+    checkpoint_seconds: at most about this much work is lost to a kill.
+
+  Holds: a rerun after a kill continues from the last checkpoint and gives bitwise the records of an uninterrupted run;
+  a diverged trial takes no further segment and never touches another.
+  """
+  config = trials[0].config
+  if any(trial.config != config for trial in trials):
+    raise ValueError("trials of one pool must share their config, these differ: run one pool per config")
+  waiting = list(dict.fromkeys(trial for trial in trials if not is_finished(folder / trial.id)))
+  on_progress(config.num_steps * (len(set(trials)) - len(waiting)))
+  if not waiting:
+    return
+
+  lanes = num_lanes(workload, config, mesh)
+  segment = build_segment(workload, config, lanes, mesh)
+  train = device_arrays(workload.train.arrays, mesh)
+  validation = jax.device_put(chunked(workload.validation.arrays))
+  pool = _Pool(workload, config, folder, lanes, provenance or {}, probe, on_progress)
+  checkpoints = folder / "checkpoints" / trial_id(trials[0].description["config"])
+  pool.restore(checkpoints, waiting)
+  saved = time.monotonic()
+  in_flight: _InFlight | None = None
+  while True:
+    due = time.monotonic() - saved > checkpoint_seconds
+    if in_flight is not None and (due or any(lane is not None and pool.must_stop(lane) for lane in pool.lanes)):
+      pool.write(in_flight)
+      in_flight = None
+    if in_flight is None:
+      pool.settle(waiting)
+      if all(lane is None for lane in pool.lanes):
+        break
+      if due:
+        save_checkpoint(checkpoints, pool.states, pool.occupants())
+        saved = time.monotonic()
+    num_rows = pool.next_rows()
+    pool.states, rows = segment(pool.states, pool.hparams, pool.seeds, jnp.int32(num_rows), train, validation)
+    dispatched = _InFlight(rows, num_rows, pool.advance(num_rows))
+    if in_flight is not None:
+      pool.write(in_flight)  # while the device computes the segment just dispatched
+    in_flight = dispatched
+  shutil.rmtree(checkpoints, ignore_errors=True)
+  with contextlib.suppress(OSError):  # other pools may have theirs beside it
+    checkpoints.parent.rmdir()
+
+
+class _Pool:
+  """The lanes with their stacked states on the device: the one mutable thing of a sweep."""
+
+  def __init__(
+    self,
+    workload: Workload,
+    config: TrialConfig,
+    folder: Path,
+    lanes: int,
+    provenance: dict[str, Any],
+    probe: Probe | None,
+    on_progress: Callable[[int], None],
+  ) -> None:
+    self.config, self.folder, self.provenance, self.probe, self.on_progress = (
+      config,
+      folder,
+      provenance,
+      probe,
+      on_progress,
+    )
+    self._init = _init(workload, config.optimizer)
+    self.lanes: list[_Lane | None] = [None] * lanes
+    idle = Hparams(*(jnp.zeros(lanes, jnp.float32) for _ in Hparams._fields))
+    self.hparams, self.seeds = idle, jnp.zeros(lanes, jnp.uint32)
+    shapes = jax.eval_shape(self._init, self._one_hparams(Hparams(0.0)), jnp.uint32(0))
+    self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype), shapes)
+    self.states = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes)
+
+  @staticmethod
+  def _one_hparams(hparams: Hparams) -> Hparams:
+    return Hparams(*(jnp.float32(value) for value in hparams))
+
+  def _seat(self, index: int, trial: Trial, state: TrainState, step: int) -> None:
+    self.lanes[index] = _Lane(trial, step, time.monotonic(), reported=step)
+    self.states, self.hparams, self.seeds = _put(
+      (self.states, self.hparams, self.seeds), (state, self._one_hparams(trial.hparams), jnp.uint32(trial.seed)), index
+    )
+
+  def restore(self, checkpoints: Path, waiting: list[Trial]) -> None:
+    """Seats the trials of the last checkpoint that still need work, at the step they had reached."""
+    found = restore_checkpoint(checkpoints, self.shapes)
+    if found is None:
+      return
+    states, occupants = found
+    wanted = {trial.id: trial for trial in waiting}
+    for index, occupant in enumerate(occupants):
+      if occupant["id"] not in wanted or not (self.folder / occupant["id"] / "status.json").exists():
+        continue
+      trial = wanted[occupant["id"]]
+      waiting.remove(trial)
+      cut_rows(self.folder / trial.id / METRICS, last_step=occupant["step"])
+      cut_rows(self.folder / trial.id / PROBES, last_step=occupant["step"] - 1)  # `settle` measures at this step again
+      self._seat(index, trial, jax.tree.map(lambda array, index=index: array[index], states), occupant["step"])
+      self.on_progress(occupant["step"])
+
+  def occupants(self) -> list[dict[str, Any]]:
+    """Says for a checkpoint which trial each lane holds and its step; an idle lane has an empty id."""
+    return [{"id": lane.trial.id, "step": lane.step} if lane else {"id": "", "step": 0} for lane in self.lanes]
+
+  def must_stop(self, lane: _Lane) -> bool:
+    """Tells whether the host must see this lane's state before another segment."""
+    return lane.step >= self.config.num_steps or lane.step in self.config.probe_steps or lane.diverged_at is not None
+
+  def next_rows(self) -> int:
+    """Rows until the first lane must stop, at most a segment."""
+    stops = (*self.config.probe_steps, self.config.num_steps)
+    ahead = [min(stop for stop in stops if stop > lane.step) - lane.step for lane in self.lanes if lane is not None]
+    return min(rows_per_segment(self.config), min(ahead) // self.config.eval_every)
+
+  def advance(self, num_rows: int) -> list[tuple[_Lane, int] | None]:
+    """Moves every lane on by a dispatched segment and returns where each of them stood."""
+    seats: list[tuple[_Lane, int] | None] = []
+    for lane in self.lanes:
+      seats.append(None if lane is None else (lane, lane.step))
+      if lane is not None:
+        lane.step += num_rows * self.config.eval_every
+    return seats
+
+  def write(self, in_flight: _InFlight) -> None:
+    """Fetches the rows of a segment and appends them to their trials, up to a trial's divergence."""
+    host: Rows = jax.device_get(in_flight.rows)
+    every = self.config.eval_every
+    for index, seat in enumerate(in_flight.seats):
+      if seat is None or seat[0].diverged_at is not None:
+        continue
+      lane, first_step = seat
+      out = []
+      for row in range(in_flight.num_rows):
+        step = first_step + (row + 1) * every
+        if bad := int(host.first_nonfinite[index, row]):
+          lane.diverged_at = step - every + bad
+          break
+        out.append(
+          {
+            "step": step,
+            "examples_seen": step * self.config.batch_size,
+            "train_loss": host.train_loss[index, row],
+            "minibatch_loss": host.minibatch_loss[index, row],
+            **{f"validation_{name}": values[index, row] for name, values in host.validation.items()},
+          }
+        )
+      append_rows(self.folder / lane.trial.id / METRICS, out)
+      self._report(lane, in_flight.num_rows * every)
+
+  def _report(self, lane: _Lane, steps: int) -> None:
+    lane.reported += steps
+    self.on_progress(steps)
+
+  def settle(self, waiting: list[Trial]) -> None:
+    """Probes lanes that ask for it, closes those that are done, and seats waiting trials in the free lanes."""
+    for index, lane in enumerate(self.lanes):
+      if lane is None:
+        continue
+      folder = self.folder / lane.trial.id
+      if lane.diverged_at is None and lane.step in self.config.probe_steps:
+        self._measure(index, lane)
+      if lane.diverged_at is None and lane.step < self.config.num_steps:
+        continue
+      set_status(
+        folder,
+        "complete" if lane.diverged_at is None else "diverged",
+        first_nonfinite_step=lane.diverged_at,
+        wall_seconds=round(time.monotonic() - lane.began, 3),
+      )
+      self._report(lane, self.config.num_steps - lane.reported)
+      self.lanes[index] = None
+    for index in range(len(self.lanes)):
+      if self.lanes[index] is None and waiting:
+        trial = waiting.pop(0)
+        create_trial(self.folder / trial.id, {"id": trial.id} | trial.description | self.provenance)
+        self._seat(index, trial, self._init(self._one_hparams(trial.hparams), jnp.uint32(trial.seed)), 0)
+        if 0 in self.config.probe_steps:
+          self._measure(index, self.lanes[index])
+
+  def _measure(self, index: int, lane: _Lane | None) -> None:
+    assert lane is not None
+    assert self.probe is not None, f"config asks for probes {self.config.probes}, run_trials was given none"
+    append_rows(self.folder / lane.trial.id / PROBES, self.probe(lane.trial, _take(self.states, index)))

@@ -1,0 +1,15 @@
+"""Model + data + loss + target = `Workload`; the registry; a user's own file."""
+
+from bsjax.workloads.registry import WORKLOADS, load_workload
+from bsjax.workloads.workload import Preset, Target, Workload, check_workload, mean_train_loss, num_params
+
+__all__ = [
+  "WORKLOADS",
+  "Preset",
+  "Target",
+  "Workload",
+  "check_workload",
+  "load_workload",
+  "mean_train_loss",
+  "num_params",
+]

@@ -1,0 +1,109 @@
+"""`Workload`: a model, its data, its loss and its target, as one frozen value."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bsjax.data import Source
+from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params, Variables
+
+BatchNorm = Literal["none", "running"]
+
+
+class Target(NamedTuple):
+  """What "steps to target" means: the first evaluation at which `metric` reaches `goal`."""
+
+  metric: str
+  goal: float
+  direction: Literal["max", "min"]
+
+
+class Preset(NamedTuple):
+  """What a study of this workload asks for when no flag says otherwise."""
+
+  batch_sizes: tuple[int, ...]
+  base_learning_rate: float
+  """A guess of the best rate at `reference_batch_size`; the grid is centred on it and widened from there."""
+  reference_batch_size: int = 32
+  num_epochs: float = 16
+  num_steps: int = 1024
+  num_rates: int = 5
+  tuning_seeds: int = 3
+  final_seeds: int = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+  """Everything training and probes need to know of a problem.
+
+  Attributes:
+    init: `key -> Variables`, a pure function.
+    example_loss: loss of one example in inference mode (no dropout, running batch-norm statistics): what probes see.
+    train_loss: `(params, model_state, batch, key) -> (mean loss of the batch, new model_state)` in training mode.
+    example_metrics: `(params, model_state, example) -> {"loss": ..., "accuracy": ...}` of one example, in inference mode;
+      summed and counted over a data set, divided once.
+    train, validation, test: the data. The target is tested on `validation`; `test` is looked at once, at the end.
+    batch_norm: which statistics `example_loss` uses; written in every record.
+  """
+
+  name: str
+  init: Callable[[Key], Variables]
+  example_loss: Callable[[Params, ModelState, Example], Array]
+  train_loss: Callable[[Params, ModelState, Batch, Key], tuple[Array, ModelState]]
+  example_metrics: Callable[[Params, ModelState, Example], Metrics]
+  train: Source
+  validation: Source
+  test: Source
+  target: Target
+  preset: Preset
+  batch_norm: BatchNorm = "none"
+
+
+def mean_train_loss(
+  example_loss: Callable[[Params, ModelState, Example], Array],
+) -> Callable[[Params, ModelState, Batch, Key], tuple[Array, ModelState]]:
+  """Derives `train_loss` for a model without batch norm and dropout: the vmapped mean of `example_loss`."""
+
+  def train_loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> tuple[Array, ModelState]:
+    del key  # nothing random in this loss
+    losses = jax.vmap(example_loss, in_axes=(None, None, 0))(params, model_state, batch)
+    return jnp.mean(losses), model_state
+
+  return train_loss
+
+
+def num_params(workload: Workload) -> int:
+  """Counts the trainable parameters, P, without computing any."""
+  shapes = jax.eval_shape(workload.init, jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+
+
+def check_workload(workload: Any, origin: str) -> Workload:
+  """Checks what a user's function returned.
+
+  Raises:
+    ValueError: not a `Workload`, an empty split, or example losses that are not scalars.
+  """
+  if not isinstance(workload, Workload):
+    raise ValueError(f"{origin} returned {type(workload).__name__}, wanted a bsjax.workloads.Workload")
+  for split in (workload.train, workload.validation, workload.test):
+    if len(split) == 0:
+      raise ValueError(f"{origin}: split {split.split!r} of {split.name!r} is empty, wanted at least one example")
+  example: Mapping[str, Any] = {
+    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in workload.train.arrays.items()
+  }
+  variables = jax.eval_shape(workload.init, jax.random.key(0))
+  loss = jax.eval_shape(workload.example_loss, variables.params, variables.model_state, example)
+  if getattr(loss, "shape", None) != ():
+    raise ValueError(
+      f"{origin}: example_loss returned shape {getattr(loss, 'shape', None)}, wanted a scalar () for one example"
+    )
+  metrics = jax.eval_shape(workload.example_metrics, variables.params, variables.model_state, example)
+  if workload.target.metric.removeprefix("validation_") not in metrics:
+    raise ValueError(
+      f"{origin}: target metric {workload.target.metric!r} is not validation_ + one of {sorted(metrics)}, which example_metrics returns"
+    )
+  return workload

@@ -1,0 +1,1 @@
+"""One file per question; each is a command and a Python call."""

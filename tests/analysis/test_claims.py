@@ -1,0 +1,455 @@
+"""Each judge on a world where its claim is true, one where it is false, and ones that cannot tell."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from bsjax.analysis import (
+  judge_all,
+  judge_direction_stable,
+  judge_flat_minima,
+  judge_generalizes,
+  judge_linear_scaling,
+  judge_more_steps,
+  judge_oscillation,
+  judge_throughput,
+  judge_variance_inverse_b,
+)
+from bsjax.analysis.claims_noise import predicted_cosine
+from tests.analysis import simulate
+
+SERIES = {
+  "variance_inverse_b": "step batch_size variance variance_sem predicted",
+  "direction_stable": "step batch_size cosine cosine_sem predicted",
+  "oscillation": "batch_size spread spread_sem curve_batch_size curve_examples curve_loss curve_trend",
+  "more_steps": "batch_size seed steps fit_batch_size fit_steps perfect_steps fit_low fit_high"
+  " s_min critical_batch_size critical_low critical_high",
+  "generalizes": "budget batch_size seed test_accuracy",
+  "flat_minima": "budget batch_size seed sharpness residual",
+  "throughput": "batch_size repeat examples_per_second seconds_per_step knee",
+  "linear_scaling": "batch_size learning_rate edge grid_batch_size grid_learning_rate grid_score rule_batch_size linear sqrt slope",
+}
+
+
+def check(finding, claim_id, verdict):
+  """What every finding must satisfy, whatever its verdict."""
+  claim = finding.claim
+  assert (claim.id, claim.figure, claim.verdict) == (claim_id, claim_id, verdict)
+  assert set(finding.series) == set(SERIES[claim_id].split())
+  assert all(isinstance(array, np.ndarray) for array in finding.series.values())
+  json.dumps(claim._asdict(), allow_nan=False)
+  numbers = (claim.measured, claim.ci_low, claim.ci_high)
+  if verdict != "inconclusive":
+    assert claim.ci_low <= claim.measured <= claim.ci_high
+    assert claim.n > 0
+  assert all(x is None or type(x) is float for x in numbers)
+  sentences = re.findall(r"[.](?= [A-Z]|$)", finding.reading)
+  assert len(sentences) == 2, finding.reading
+  assert finding.reading[0].isupper()
+  assert "nan" not in finding.reading.lower()
+  assert "  " not in finding.reading
+  assert not re.search(r"-0\.0+\b", finding.reading)
+
+
+def test_without_records_every_claim_is_inconclusive_and_says_why():
+  for study in (simulate.make_study(), {"target": simulate.TARGET}):
+    findings = judge_all(study, [])
+    assert [f.claim.id for f in findings] == list(SERIES)
+    for finding in findings:
+      check(finding, finding.claim.id, "inconclusive")
+      assert finding.claim.measured is None
+      assert finding.claim.n is None
+
+
+def test_diverged_trials_alone_are_no_records():
+  study = simulate.make_study()
+  records = simulate.final_trials(
+    study, lambda *_: {"state": "diverged", "reaches": 5, "test_accuracy": 0.9, "sharpness": 2.0}
+  )
+  for finding in judge_all(study, records):
+    check(finding, finding.claim.id, "inconclusive")
+    assert finding.claim.measured is None
+
+
+# --- variance and direction: minibatches of real vectors ---
+
+
+@pytest.mark.parametrize(
+  ("draw", "verdict", "slope"),
+  [
+    ("distinct", "holds", -1),
+    ("pairs", "fails", None),  # twice the variance at every B > 1: the level betrays it
+    ("roots", "fails", -0.5),
+  ],
+)
+def test_variance_inverse_b(draw, verdict, slope):
+  finding = judge_variance_inverse_b(simulate.make_study(), simulate.noise_trials(draw=draw))
+  check(finding, "variance_inverse_b", verdict)
+  points = len(simulate.TUNING_SEEDS) * 3 * len(simulate.BATCH_SIZES)
+  assert len(finding.series["batch_size"]) == points
+  assert (
+    finding.claim.n == points - 9 or draw != "distinct"
+  )  # B = N has no variance: one point for each seed and checkpoint
+  if slope == -1:
+    assert finding.claim.ci_low <= -1 <= finding.claim.ci_high
+  elif slope:
+    assert finding.claim.measured == pytest.approx(slope, abs=0.1)  # isqrt rounds down at odd powers of two
+
+
+def test_the_level_alone_fails_the_variance():
+  records = simulate.noise_trials()
+  for record in records:
+    for row in record.probes:
+      if row["probe"] == "minibatch":
+        row["variance"] *= 1.3
+        row["variance_sem"] *= 1.3
+  finding = judge_variance_inverse_b(simulate.make_study(), records)
+  check(finding, "variance_inverse_b", "fails")
+  assert finding.claim.measured == pytest.approx(-1, abs=0.02)
+
+
+def test_the_slope_alone_fails_the_variance():
+  records = simulate.noise_trials()
+  for record in records:
+    for row in record.probes:
+      if row["probe"] == "minibatch":
+        row["variance"] *= (row["batch_size"] / 16) ** 0.1  # 1 on average over 1 to 256, to 2 %
+  finding = judge_variance_inverse_b(simulate.make_study(), records)
+  check(finding, "variance_inverse_b", "fails")
+  assert finding.claim.measured == pytest.approx(-0.9, abs=0.02)
+
+
+def test_few_samples_leave_the_variance_open():
+  finding = judge_variance_inverse_b(
+    simulate.make_study(), simulate.noise_trials(num_samples=3, seeds=(0,), checkpoints=(0,))
+  )
+  check(finding, "variance_inverse_b", "inconclusive")
+  assert finding.claim.measured is not None
+
+
+@pytest.mark.parametrize(("direction", "verdict"), [("true", "holds"), ("random", "fails")])
+def test_direction_stable(direction, verdict):
+  finding = judge_direction_stable(simulate.make_study(), simulate.noise_trials(direction=direction))
+  check(finding, "direction_stable", verdict)
+  if direction == "true":
+    at_full = finding.series["batch_size"] == simulate.TRAIN_SIZE
+    np.testing.assert_allclose(finding.series["predicted"][at_full], 1)
+    np.testing.assert_allclose(finding.series["cosine"][at_full], 1)
+
+
+def test_the_predicted_cosine_is_of_the_whole_training_set():
+  # N = 4, tr = 8 and |G|^2 = 1 on the training set, so 1 - 8/4 = -1 after bias correction: there is a prediction all the same.
+  noise = {"num_examples": 4, "grad_cov_trace": 8.0, "grad_sq_norm": -1.0}
+  assert predicted_cosine(noise, 1) == pytest.approx(1 / math.sqrt(1 + 8 * (1 - 1 / 4)))
+  assert predicted_cosine(noise, 4) == 1
+
+
+def test_the_predicted_cosine_is_that_of_normal_gradients_in_many_directions():
+  # In 2000 dimensions norms hardly vary, so the prediction is exact up to a part of 1/sqrt(2000) = 2 % and the sampling error.
+  finding = judge_direction_stable(
+    simulate.make_study(), simulate.noise_trials(dimension=2000, num_samples=60, seeds=(0,), checkpoints=(0,))
+  )
+  np.testing.assert_allclose(finding.series["cosine"], finding.series["predicted"], atol=0.02)
+  assert finding.series["predicted"][0] < 0.4  # the comparison is not one of ones
+
+
+def test_a_rise_that_the_noise_scale_does_not_predict_leaves_direction_open():
+  records = simulate.noise_trials()
+  for record in records:
+    for row in record.probes:
+      if row["probe"] == "minibatch" and row["batch_size"] < simulate.TRAIN_SIZE:
+        row["cosine"] -= 0.15
+  check(judge_direction_stable(simulate.make_study(), records), "direction_stable", "inconclusive")
+
+
+def test_an_unidentifiable_noise_scale_is_told_and_does_not_stop_the_judge():
+  records = simulate.noise_trials()
+  for record in records:
+    for row in record.probes:
+      if row["probe"] == "noise" and row["step"] == 1024:
+        row.update(noise_scale=None, noise_scale_ci_low=None, noise_scale_ci_high=None)
+  finding = judge_direction_stable(simulate.make_study(), records)
+  check(finding, "direction_stable", "holds")
+  assert "step 1024" in finding.reading
+
+
+# --- oscillation ---
+
+
+@pytest.mark.parametrize(
+  ("spread", "verdict", "slope"),
+  [(lambda b: 0.3 / math.sqrt(b), "holds", -0.5), (lambda b: 0.1, "fails", 0), (lambda b: 0.02 * b**0.5, "fails", 0.5)],
+)
+def test_oscillation(spread, verdict, slope):
+  study = simulate.make_study(batch_sizes=simulate.BATCH_SIZES[:8])
+  finding = judge_oscillation(study, simulate.loss_trials(study, spread))
+  check(finding, "oscillation", verdict)
+  assert finding.claim.measured == pytest.approx(slope, abs=0.05)
+  # About 28 rows x 5 seeds: a standard deviation known to 1/sqrt(2 x 140) = 6 %; four standard errors are 24 %.
+  np.testing.assert_allclose(finding.series["spread"], [spread(b) for b in finding.series["batch_size"]], rtol=0.24)
+  assert np.unique(finding.series["curve_batch_size"]).tolist() == [1, 16, 128]
+
+
+def test_a_falling_loss_without_noise_has_no_spread():
+  study = simulate.make_study(batch_sizes=(4,))
+  finding = judge_oscillation(study, simulate.loss_trials(study, lambda b: 0.0, seeds=(100,)))
+  # exp(-10 t) with 2.0 / 0.2 over the trend at t = 1/2: the moving mean misses (10/16)^2 / 6 = 7 % of a part of 6 %
+  assert finding.series["spread"][0] < 0.005
+
+
+def test_oscillation_is_open_when_batch_sizes_scatter():
+  study = simulate.make_study(batch_sizes=(1, 4, 16))
+  spread = {1: 0.1, 4: 0.02, 16: 0.08}
+  check(judge_oscillation(study, simulate.loss_trials(study, spread.__getitem__)), "oscillation", "inconclusive")
+
+
+# --- steps to target ---
+
+
+def noisy(steps, seed, spread=0.05):
+  return max(2, round(steps * math.exp(spread * np.random.default_rng((round(steps), seed)).normal())))
+
+
+def test_more_steps_finds_the_critical_batch_size():
+  study = simulate.make_study()
+  finding = judge_more_steps(study, simulate.target_trials(study, lambda b, seed: noisy(80 * (1 + 32 / b), seed)))
+  check(finding, "more_steps", "holds")
+  series = finding.series
+  assert series["critical_low"] < 32 < series["critical_high"]
+  assert series["critical_batch_size"] == pytest.approx(
+    32, rel=0.15
+  )  # 5 % over sqrt(5) seeds, a few times that in B_crit
+  assert series["s_min"] == pytest.approx(80, rel=0.1)
+  assert (series["fit_low"] <= series["fit_steps"]).all()
+  assert (series["fit_steps"] <= series["fit_high"]).all()
+  np.testing.assert_allclose(series["perfect_steps"] * series["fit_batch_size"], series["perfect_steps"][0])
+
+
+def test_more_steps_fails_where_steps_do_not_fall():
+  study = simulate.make_study()
+  finding = judge_more_steps(study, simulate.target_trials(study, lambda b, seed: noisy(200, seed + b)))
+  check(finding, "more_steps", "fails")
+  assert "cannot be determined" in finding.reading
+  assert np.isnan(finding.series["critical_batch_size"])
+
+
+def test_more_steps_is_open_when_seeds_differ_too_much():
+  study = simulate.make_study(batch_sizes=(1, 2, 4))
+  finding = judge_more_steps(
+    study, simulate.target_trials(study, lambda b, seed: noisy(100 * b**-0.05, seed + 7 * b, 1.0))
+  )
+  check(finding, "more_steps", "inconclusive")
+  assert finding.claim.measured is not None
+
+
+def test_seeds_that_never_reach_the_target_and_diverged_ones_exclude_their_batch_size():
+  study = simulate.make_study(edges={4: "high"})
+  records = simulate.target_trials(
+    study, lambda b, seed: None if (b, seed) == (1, 102) else noisy(80 * (1 + 32 / b), seed)
+  )
+  diverged = next(i for i, r in enumerate(records) if r.trial["config"]["batch_size"] == 512)
+  records[diverged].status["state"] = "diverged"
+  finding = judge_more_steps(study, records)
+  check(finding, "more_steps", "holds")
+  assert "batch size 1, 512 is left out" in finding.reading
+  assert "edge of its grid at batch size 4" in finding.reading
+  series = finding.series
+  assert len(series["steps"]) == 50
+  assert np.isnan(series["steps"][np.isin(series["batch_size"], (1, 512))]).sum() == 2
+  assert (series["fit_batch_size"][0], series["fit_batch_size"][-1]) == pytest.approx((2, 256))
+  assert finding.claim.n == 40
+
+
+# --- generalisation and sharpness: one world for each budget ---
+
+
+def in_budgets(field, epochs, steps, **more):
+  worlds = {"epochs": epochs, "steps": steps}
+
+  def measure(budget, size, seed):
+    rng = np.random.default_rng((size, seed, budget == "steps"))
+    return {field: worlds[budget](math.log2(size), rng.normal()), **more}
+
+  return measure
+
+
+GENERAL = {
+  "better": lambda k, noise: 0.97 - 0.005 * k + 0.002 * noise,
+  "same": lambda k, noise: 0.97 + 0.0005 * noise,
+  "worse": lambda k, noise: 0.90 + 0.005 * k + 0.002 * noise,
+  "noisy": lambda k, noise: 0.9 + 0.05 * noise,
+}
+SHARP = {
+  "better": lambda k, noise: 2 ** (0.5 * k) * math.exp(0.1 * noise),
+  "same": lambda k, noise: 3 * math.exp(0.05 * noise),
+  "worse": lambda k, noise: 2 ** (-0.5 * k) * math.exp(0.1 * noise),
+  "noisy": lambda k, noise: 3 * math.exp(3 * noise),
+}
+BUDGET_CASES = [
+  ("better", "better", "holds"),
+  ("same", "worse", "fails"),
+  ("worse", "same", "fails"),
+  ("better", "worse", "inconclusive"),
+  ("worse", "better", "inconclusive"),
+  ("noisy", "noisy", "inconclusive"),
+]
+
+
+@pytest.mark.parametrize(("epochs", "steps", "verdict"), BUDGET_CASES)
+def test_generalizes(epochs, steps, verdict):
+  study = simulate.make_study()
+  records = simulate.final_trials(study, in_budgets("test_accuracy", GENERAL[epochs], GENERAL[steps]))
+  finding = judge_generalizes(study, records)
+  check(finding, "generalizes", verdict)
+  if epochs == "better":
+    # Means of log2 B are 1 and 8: 7 x 0.005; the error is 0.002 sqrt(2 / 15).
+    assert finding.claim.measured == pytest.approx(0.035, abs=4 * 0.002 * math.sqrt(2 / 15))
+  assert sorted(set(finding.series["budget"])) == ["epochs", "steps"]
+
+
+@pytest.mark.parametrize(("epochs", "steps", "verdict"), BUDGET_CASES)
+def test_flat_minima(epochs, steps, verdict):
+  study = simulate.make_study()
+  finding = judge_flat_minima(study, simulate.final_trials(study, in_budgets("sharpness", SHARP[epochs], SHARP[steps])))
+  check(finding, "flat_minima", verdict)
+  if epochs == "better":
+    # Errors 0.1 / sqrt(5) at each of 10 doublings: slope error 0.0447 / (log 2 sqrt(82.5)) = 0.0071
+    assert finding.claim.measured == pytest.approx(0.5, abs=4 * 0.0071)
+
+
+def test_an_eigenvalue_that_did_not_converge_is_left_out():
+  study = simulate.make_study()
+  measure = in_budgets("sharpness", SHARP["better"], SHARP["better"])
+
+  def spoiled(budget, size, seed):
+    if seed == 100:
+      return {"sharpness": 1000.0 / size**2, "residual": 0.051 * 1000.0 / size**2}
+    value = measure(budget, size, seed)["sharpness"]
+    return {"sharpness": value, "residual": 0.049 * value}
+
+  finding = judge_flat_minima(study, simulate.final_trials(study, spoiled))
+  check(finding, "flat_minima", "holds")
+  assert finding.claim.n == 40
+  assert "20 of 100 eigenvalues are left out" in finding.reading
+  assert len(finding.series["sharpness"]) == 100
+
+
+def test_diverged_trials_enter_no_mean():
+  study = simulate.make_study()
+  good = simulate.final_trials(study, in_budgets("test_accuracy", GENERAL["better"], GENERAL["better"], sharpness=2.0))
+  bad = [
+    simulate.train_record(
+      r.trial["config"]["batch_size"],
+      r.trial["config"]["num_steps"],
+      104,
+      test_accuracy=0.1,
+      sharpness=1e9,
+      state="diverged",
+    )
+    for r in good
+    if r.trial["seed"] == 104
+  ]
+  survivors = [r for r in good if r.trial["seed"] != 104]
+  for judge in (judge_generalizes, judge_flat_minima):
+    assert judge(study, survivors + bad).claim == judge(study, survivors).claim
+    assert judge(study, survivors).claim.n == 40
+
+
+@pytest.mark.parametrize("state", ["diverged", "running", "failed"])
+def test_noise_and_timings_of_trials_that_did_not_end_are_not_used(state):
+  study = simulate.make_study()
+  records = simulate.noise_trials() + simulate.timing_trials(lambda b: 100.0 * b)
+  wrong = simulate.noise_trials(draw="pairs") + simulate.timing_trials(lambda b: 1.0)
+  wrong = [r._replace(id="x" + r.id, status={"state": state}) for r in wrong]
+  for judge in (judge_variance_inverse_b, judge_direction_stable, judge_throughput):
+    assert judge(study, records + wrong).claim == judge(study, records).claim
+
+
+# --- throughput ---
+
+
+@pytest.mark.parametrize(
+  ("throughput", "verdict", "knee"),
+  [
+    (lambda b: 100.0 * min(b, 64), "holds", 64),
+    (lambda b: 100.0 * b**0.95, "holds", None),
+    (lambda b: 100.0 * b**0.72, "fails", None),
+    (lambda b: 100.0, "fails", 1),  # saturated from the start
+  ],
+)
+def test_throughput(throughput, verdict, knee):
+  finding = judge_throughput(simulate.make_study(), simulate.timing_trials(throughput))
+  check(finding, "throughput", verdict)
+  np.testing.assert_equal(finding.series["knee"], np.nan if knee is None else knee)
+
+
+def test_unsteady_timings_leave_throughput_open():
+  records = simulate.timing_trials(lambda b: 100.0 * b, batch_sizes=(1, 2, 4), noise=0.3)
+  check(judge_throughput(simulate.make_study(), records), "throughput", "inconclusive")
+  single = simulate.timing_trials(lambda b: 100.0 * b, repeats=1)
+  assert judge_throughput(simulate.make_study(), single).claim.measured is None
+
+
+# --- learning rate ---
+
+
+@pytest.mark.parametrize(
+  ("best", "verdict", "slope", "stop"),
+  [
+    (lambda b: 0.003 * b, "holds", 1.0, None),
+    (lambda b: 0.003 * b**0.5, "fails", 0.5, 8),  # B/B^0.5 exceeds the grid's factor 2 first at B = 8
+    (lambda b: 0.03, "fails", 0.0, 4),
+    (
+      lambda b: 0.003 * b / (1 + b / 64),
+      None,
+      None,
+      64,
+    ),  # eps_max / (1 + B_noise / B): at B = 64 by (1 + 1) / (1 + 1/64) < 2
+  ],
+)
+def test_linear_scaling(best, verdict, slope, stop):
+  study, records = simulate.rate_grid(simulate.make_study(), best)
+  finding = judge_linear_scaling(study, records)
+  check(finding, "linear_scaling", verdict or finding.claim.verdict)
+  # Steps are whole numbers and differ by one between seeds, so a vertex errs by about 1 % of the grid's factor.
+  if slope is not None:
+    assert finding.claim.measured == pytest.approx(slope, abs=0.01)
+    np.testing.assert_allclose(finding.series["learning_rate"], [best(b) for b in simulate.BATCH_SIZES], rtol=0.03)
+  if stop is None:
+    assert "still not more than one step" in finding.reading
+  else:
+    at = int(re.search(r"stops holding at (\d+)", finding.reading)[1])
+    assert at == (128 if stop == 64 else stop)
+
+
+def test_a_slope_between_the_rules_leaves_linear_scaling_open():
+  scatter = dict(zip(simulate.BATCH_SIZES, (1, 3, 0.4, 2, 0.5, 1, 2, 0.5, 3, 0.6), strict=True))
+  study, records = simulate.rate_grid(simulate.make_study(), lambda b: 0.003 * b**0.75 * scatter[b])
+  check(judge_linear_scaling(study, records), "linear_scaling", "inconclusive")
+
+
+def test_rates_on_the_edge_are_marked_and_left_out():
+  study, records = simulate.rate_grid(simulate.make_study(), lambda b: 0.003 * b)
+  for size in ("256", "512"):
+    study["tuned"]["target"][size] = {"learning_rate": 0.1, "edge": "high"}
+  finding = judge_linear_scaling(study, records)
+  check(finding, "linear_scaling", "holds")
+  assert finding.series["batch_size"][finding.series["edge"]].tolist() == [256, 512]
+  assert finding.claim.n == 8
+  assert "2 more sit on the edge" in finding.reading
+  few = {**study, "batch_sizes": [1, 2, 256, 512]}
+  check(judge_linear_scaling(few, records), "linear_scaling", "inconclusive")
+
+
+def test_a_rate_that_failed_has_no_score():
+  study, records = simulate.rate_grid(simulate.make_study(), lambda b: 0.003 * b)
+  largest = max(r.trial["hparams"]["learning_rate"] for r in records)
+  for r in records:
+    if r.trial["hparams"]["learning_rate"] == largest and r.trial["seed"] == 1:
+      r.status["state"] = "diverged"
+  series = judge_linear_scaling(study, records).series
+  assert np.isnan(series["grid_score"][series["grid_learning_rate"] == largest]).all()
+  assert np.isfinite(series["grid_score"][series["grid_learning_rate"] < largest]).all()

@@ -1,0 +1,304 @@
+"""Where `load_source` looks, what it refuses, and what a killed or a second process does to it."""
+
+import hashlib
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax.data import DataError, load_source, source
+
+PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  """A folder with `digits` prepared, to be copied."""
+  data_dir = tmp_path_factory.mktemp("prepared")
+  load_source("digits", "train", data_dir=data_dir)
+  return data_dir
+
+
+@pytest.fixture
+def digits_dir(prepared, tmp_path):
+  return shutil.copytree(prepared, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def expected(prepared):
+  return load_source("digits", "train", data_dir=prepared).arrays
+
+
+def assert_same(arrays, expected):
+  assert arrays.keys() == expected.keys()
+  for name in expected:
+    np.testing.assert_array_equal(arrays[name], expected[name], strict=True)
+
+
+def refuse(*args, **kwargs):
+  raise AssertionError("not to be called")
+
+
+def test_unknown_names_list_the_known_ones(tmp_path):
+  with pytest.raises(DataError, match=r"unknown data set 'minst'; known are digits, fashion_mnist, mnist\."):
+    load_source("minst", "train", data_dir=tmp_path)
+  with pytest.raises(DataError, match=r"unknown split 'dev' of digits; known are train, validation, test\."):
+    load_source("digits", "dev", data_dir=tmp_path)
+
+
+# Raw files.
+
+
+def test_missing_raw_file_without_a_network_fails_at_once(tmp_path, monkeypatch):
+  monkeypatch.setattr(source, "_answers", lambda url: False)
+  with pytest.raises(DataError) as error:
+    load_source("mnist", "train", data_dir=tmp_path)
+  message = str(error.value)
+  for part in (
+    "t10k-images-idx3-ubyte.gz",
+    f"{tmp_path}/downloads/manual",
+    "storage.googleapis.com does not answer",
+    "--manual_dir",
+  ):
+    assert part in message
+  assert "\n" not in message
+
+
+def test_a_given_manual_dir_is_not_replaced_by_a_download(tmp_path, monkeypatch):
+  monkeypatch.setattr(source, "_answers", refuse)
+  with pytest.raises(DataError, match="which is not in .*/raw/mnist or .*/raw; put it there"):
+    load_source("mnist", "train", data_dir=tmp_path, manual_dir=tmp_path / "raw")
+
+
+def test_wrong_digest_names_file_expected_and_found(tmp_path, monkeypatch):
+  monkeypatch.setattr(source, "_answers", lambda url: True)
+  path = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
+  path.parent.mkdir()
+  path.write_bytes(b"not MNIST")
+  found = hashlib.sha256(b"not MNIST").hexdigest()
+  expected = "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+  with pytest.raises(DataError, match=f"{path} .* expected sha256 {expected}, found {found}"):
+    load_source("mnist", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("given_as", "place"),
+  [
+    ("data_dir", "."),
+    ("data_dir", "letters"),
+    ("data_dir", "downloads/manual"),
+    ("data_dir", "downloads/manual/letters"),
+    ("manual_dir", "."),
+    ("manual_dir", "letters"),
+  ],
+)
+def test_raw_files_are_found(tmp_path, monkeypatch, given_as, place):
+  import tensorflow_datasets as tfds
+
+  contents = {"a.gz": b"a", "b.gz": b"b"}
+  url_infos = {
+    f"http://host/{file}": types.SimpleNamespace(filename=file, checksum=hashlib.sha256(content).hexdigest())
+    for file, content in contents.items()
+  }
+  monkeypatch.setattr(tfds, "builder_cls", lambda name: types.SimpleNamespace(url_infos=url_infos))
+  (tmp_path / "a.gz").write_bytes(b"a")  # a part of the files elsewhere is passed over
+  folder = tmp_path / "given" / place
+  folder.mkdir(parents=True)
+  for file, content in contents.items():
+    (folder / file).write_bytes(content)
+  manual_dir = tmp_path / "given" if given_as == "manual_dir" else None
+  roots = [tmp_path] if manual_dir else [tmp_path, tmp_path / "given"]
+  folders = source._raw_folders("letters", roots, manual_dir)
+  assert source._check_raw_files("letters", folders, may_download=False) == folder
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  def do_HEAD(self):
+    self.send_response(200 if self.path == "/there" else 404)
+    self.end_headers()
+
+  def log_message(self, *args):
+    pass
+
+
+def test_answers_asks_the_host(monkeypatch):
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  with http.server.HTTPServer(("127.0.0.1", 0), _Handler) as server:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    host = f"http://127.0.0.1:{server.server_port}"
+    answers = [source._answers(f"{host}/{path}") for path in ("there", "gone")]
+    server.shutdown()
+    thread.join()
+  assert answers == [True, False]
+  assert not source._answers(f"{host}/there")  # closed by now
+
+
+def test_answers_gives_up_on_a_silent_host(monkeypatch):
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  monkeypatch.setattr(source, "_ANSWER_SECONDS", 0.2)
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    start = time.monotonic()
+    assert not source._answers(f"http://127.0.0.1:{server.getsockname()[1]}/there")
+    assert time.monotonic() - start < 5  # without the limit it would wait for ever
+
+
+# Folders.
+
+
+def test_environment_names_the_folder(tmp_path, monkeypatch, expected):
+  monkeypatch.setenv("BSJAX_DATA_DIR", str(tmp_path / "from_environment"))
+  assert_same(load_source("digits", "train").arrays, expected)
+  assert (tmp_path / "from_environment" / "digits").is_dir()
+
+
+def test_read_only_folder_is_left_alone(tmp_path, monkeypatch, expected):
+  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
+  read_only = tmp_path / "read_only"
+  read_only.mkdir(mode=0o555)
+  assert_same(load_source("digits", "train", data_dir=read_only).arrays, expected)
+  assert list(read_only.iterdir()) == []
+  assert (tmp_path / "cache" / "digits").is_dir()
+
+
+def test_prepared_copy_in_a_read_only_folder_is_used(digits_dir, tmp_path, monkeypatch, expected):
+  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(source, "_prepare", refuse)
+  shutil.rmtree(digits_dir / "decoded")
+  digits_dir.chmod(0o555)
+  assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
+  digits_dir.chmod(0o755)
+  assert not (digits_dir / "decoded").exists()
+
+
+def test_no_writable_folder_is_an_error(tmp_path, monkeypatch):
+  tmp_path.joinpath("read_only").mkdir(mode=0o555)
+  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
+  with pytest.raises(DataError, match="cannot write into .*pass --data_dir=<a writable folder>"):
+    load_source("digits", "train", data_dir=tmp_path / "read_only")
+
+
+# Damage.
+
+
+def _truncate_shard(folder):
+  shard = folder / "digits-train.array_record-00000-of-00001"
+  shard.write_bytes(shard.read_bytes()[:1000])
+
+
+def _empty(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+
+
+def _claim_other_format(folder):
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+
+
+@pytest.mark.parametrize("damage", [_truncate_shard, _empty, _claim_other_format])
+def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
+  shutil.rmtree(digits_dir / "decoded")
+  damage(digits_dir / "digits" / "1.0.0")
+  with pytest.raises(DataError, match=r"/data/digits.*pass another --data_dir\.$") as error:
+    load_source("digits", "train", data_dir=digits_dir)
+  assert "\n" not in str(error.value)
+
+
+def test_decoded_arrays_need_neither_tfds_nor_a_writable_folder(digits_dir, monkeypatch, expected):
+  monkeypatch.setattr(source, "_builder", refuse)
+  monkeypatch.setattr(source, "_is_writable", lambda folder: False)
+  assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
+
+
+def _flip_a_pixel(content):
+  return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+def _claim_fewer_examples(content):
+  return content.replace(b"(1024, 8, 8, 1)", b"(1023, 8, 8, 1)")
+
+
+@pytest.mark.parametrize(
+  "damage", [_flip_a_pixel, _claim_fewer_examples, lambda content: content[:-100], lambda content: b""]
+)
+def test_damaged_decoded_arrays_are_decoded_again(digits_dir, damage, expected):
+  path = digits_dir / "decoded" / "digits" / "train.npz"
+  whole = path.read_bytes()
+  path.write_bytes(damage(whole))
+  assert path.read_bytes() != whole
+  assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
+  with zipfile.ZipFile(path) as file:
+    assert file.testzip() is None  # and written anew
+
+
+# Other processes.
+
+_KILLED = """
+import os, signal, sys
+from bsjax.data import digits, load_source
+generate = digits.Digits._generate_examples
+def killed(self, rows):
+  for i, example in enumerate(generate(self, rows)):
+    if len(rows) == 387 and i == 100:  # in the last of the three splits
+      os.kill(os.getpid(), signal.SIGKILL)
+    yield example
+digits.Digits._generate_examples = killed
+load_source("digits", "train", data_dir=sys.argv[1])
+"""
+
+
+def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path, expected):
+  result = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], cwd=PACKAGE_ROOT, timeout=120)
+  assert result.returncode == -signal.SIGKILL
+  assert list((tmp_path / "digits").iterdir())  # it did leave something
+  assert_same(load_source("digits", "train", data_dir=tmp_path).arrays, expected)
+  assert len(load_source("digits", "test", data_dir=tmp_path)) == 387
+
+
+_COUNTED = """
+import pathlib, sys, time
+from bsjax.data import digits, load_source
+folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+split = digits.Digits._split_generators
+def counted(self, dl_manager):
+  (folder / f"{name}.prepares").touch()
+  while not (folder / "go").exists():
+    time.sleep(0.02)
+  return split(self, dl_manager)
+digits.Digits._split_generators = counted
+(folder / f"{name}.started").touch()
+assert len(load_source("digits", "train", data_dir=folder / "data")) == 1024
+"""
+
+
+def _wait_for(path):
+  deadline = time.monotonic() + 60
+  while not path.exists():
+    assert time.monotonic() < deadline, path
+    time.sleep(0.02)
+
+
+def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
+  def start(name):
+    return subprocess.Popen([sys.executable, "-c", _COUNTED, str(tmp_path), name], cwd=PACKAGE_ROOT)
+
+  first = start("first")
+  _wait_for(tmp_path / "first.prepares")
+  second = start("second")
+  _wait_for(tmp_path / "second.started")
+  time.sleep(1)  # without the lock it would be preparing by now
+  (tmp_path / "go").touch()
+  assert (first.wait(60), second.wait(60)) == (0, 0)
+  assert not (tmp_path / "second.prepares").exists()

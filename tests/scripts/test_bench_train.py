@@ -1,0 +1,41 @@
+"""The benchmark runs, its two sides train alike, and its lines hold what a reader of them needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(ROOT / "scripts" / "bench_train.py")]
+
+
+def run(*flags):
+  # In a process of its own: the benchmark pins its process to one core.
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  return subprocess.run([*COMMAND, *flags], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_tiny_case_against_both_jax_opponents():
+  done = run("--only=tiny_b8", "--versus=jax_loop,entry", "--repeats=2")
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [(line["bench"], line["case"], line["versus"]) for line in lines] == [
+    ("train", "tiny_b8", "jax_loop"),
+    ("train", "tiny_b8", "entry"),
+  ]
+  for line in lines:
+    assert line["n"] == 2
+    assert 0 < line["low"] <= line["ratio"] <= line["high"]
+    # All of a loop over so small a step is dispatch, which the scan does not pay: some 5 times slower, so 2 is safe.
+    assert line["ratio"] < 0.5
+    # Forward and backward of 16-32-2 on 8 examples, less the gradient of the images.
+    assert line["flops_per_step"] == 2 * 8 * (3 * (16 * 32 + 32 * 2) - 16 * 32)
+    assert line["gflops"] < line["gemm_gflops"]
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones():
+  done = run("--only=mlp513_b8")
+  assert done.returncode != 0
+  assert "mlp512_b8" in done.stderr
+  assert done.stdout == ""

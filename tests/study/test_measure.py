@@ -1,0 +1,102 @@
+"""Measurements on the quadratic, where each has a closed form."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bsjax.study.measure import Measurements
+from bsjax.study.timing import TIMED_REPEATS, time_steps
+from bsjax.train import TrainState, TrialConfig, init_state, make_trial
+from bsjax.types import Hparams
+from bsjax.workloads import load_workload
+from bsjax.workloads.quadratic import SPECTRUM
+
+CONFIG = TrialConfig("quadratic", 8, 100, 1, probes=("test", "sharpness", "noise"), probe_steps=(100,))
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict]]:
+  workload = load_workload("quadratic")
+  trial = make_trial(CONFIG, Hparams(0.1), 0)
+  state = init_state(workload, "sgd", Hparams(*map(jnp.float32, trial.hparams)), jnp.uint32(0))
+  state = dataclasses.replace(state, step=jnp.int32(100))
+  found = Measurements(workload, (1, 4, 64, 512))(trial, state)
+  return {name: [row for row in found if row["probe"] == name] for name in ("test", "sharpness", "noise", "minibatch")}
+
+
+def moments() -> tuple[np.ndarray, float]:
+  """G and tr(Sigma) at w = (1, ..., 1), in float64."""
+  centers = load_workload("quadratic").train.arrays["center"].astype(np.float64)
+  return SPECTRUM * (1 - centers.mean(axis=0)), float((SPECTRUM**2 * centers.var(axis=0, ddof=1)).sum())
+
+
+def test_every_row_has_its_step(rows: dict) -> None:
+  assert {row["step"] for found in rows.values() for row in found} == {100}
+
+
+def test_sharpness_is_the_largest_eigenvalue(rows: dict) -> None:
+  (row,) = rows["sharpness"]
+  np.testing.assert_allclose(row["sharpness"], SPECTRUM[0], rtol=1e-5)  # its error is the residual's square
+  assert row["residual"] <= 1e-3 * row["sharpness"]
+  assert row["num_examples"] == 512
+
+
+def test_test_metrics(rows: dict) -> None:
+  (row,) = rows["test"]
+  np.testing.assert_allclose([row["test_loss"], row["train_loss"]], 0.5 * SPECTRUM.sum(), rtol=1e-6)
+
+
+def test_noise_is_exact(rows: dict) -> None:
+  (row,) = rows["noise"]
+  gradient, trace = moments()
+  np.testing.assert_allclose(row["grad_cov_trace"], trace, rtol=1e-4)
+  np.testing.assert_allclose(row["grad_sq_norm"], gradient @ gradient - trace / 512, rtol=1e-4)
+  assert row["noise_scale_ci_low"] < trace / (gradient @ gradient) < row["noise_scale_ci_high"]
+  assert row["verdict"] == "identified"
+
+
+def test_minibatches_scatter_as_predicted(rows: dict) -> None:
+  gradient, trace = moments()
+  assert [row["batch_size"] for row in rows["minibatch"]] == [1, 4, 64, 512]
+  for row in rows["minibatch"]:
+    batch_size = row["batch_size"]
+    predicted = trace * (1 / batch_size - 1 / 512)
+    if batch_size == 512:
+      # the whole data set: no noise but rounding, |G|^2 times (1e-6)^2
+      assert row["variance"] < 1e-10
+      np.testing.assert_allclose(row["cosine"], 1, atol=1e-6)
+    else:
+      # 64 draws; 4 standard errors, a false alarm in 1 of 16,000
+      assert abs(row["variance"] - predicted) < 4 * row["variance_sem"]
+      assert row["cosine"] < 1
+
+
+def test_time_is_measured() -> None:
+  workload = load_workload("quadratic")
+  config = TrialConfig("quadratic", 8, 1, 1)
+  found = time_steps(workload, config, Hparams(0.1))
+  assert [row["repeat"] for row in found] == list(range(TIMED_REPEATS))
+  for row in found:
+    assert 1e-8 < row["seconds_per_step"] < 1
+    np.testing.assert_allclose(row["examples_per_second"], 8 / row["seconds_per_step"])
+
+
+def test_noise_population_shrinks_for_big_models() -> None:
+  workload = load_workload("digits_mlp")
+  assert Measurements(workload, (1,)).noise_examples == 1024
+  big = dataclasses.replace(
+    workload, init=lambda key: workload.init(key)._replace(params={"w": jnp.zeros((2000, 4000))})
+  )
+  assert Measurements(big, (1,)).noise_examples == 500  # 4e9 numbers / 8e6 parameters
+
+
+def test_unused_state_fields_do_not_matter() -> None:
+  """A probe reads parameters and model state only."""
+  workload = load_workload("quadratic")
+  trial = make_trial(dataclasses.replace(CONFIG, probes=("test",)), Hparams(0.1), 0)
+  state = init_state(workload, "momentum", Hparams(*map(jnp.float32, trial.hparams)), jnp.uint32(0))
+  bare = TrainState(state.step, state.params, state.model_state, ())
+  measurements = Measurements(workload, (1,))
+  assert measurements(trial, state) == measurements(trial, bare)

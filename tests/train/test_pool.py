@@ -1,0 +1,320 @@
+"""Sweeps on disk: skipped, resumed, diverged, probed; and the same bits whatever happened in between."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import classifier, quadratic
+
+from bsjax.records import RecordError, read_record, read_records
+from bsjax.train import TrainState, Trial, TrialConfig, init_state, make_mesh, make_trial, num_lanes, run_trials
+from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
+from bsjax.types import Hparams
+
+# Orbax leaves reads of a damaged checkpoint behind, which then find their event loop closed.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+
+ROOT = Path(__file__).parents[2]
+CONFIG = TrialConfig("quadratic", 8, 600, 4)
+
+
+def trials_of(config: TrialConfig, *, rates: tuple[float, ...] = (0.1, 0.3), seeds: range = range(4)) -> list[Trial]:
+  return [make_trial(config, Hparams(rate), seed) for rate in rates for seed in seeds]
+
+
+def norm_probe(trial: Trial, state: TrainState) -> list[dict]:
+  return [{"probe": "norm", "step": int(state.step), "norm": float(jnp.sum(state.params["w"] ** 2))}]
+
+
+def run(folder: Path, trials: list[Trial], **options: object) -> None:
+  run_trials(quadratic(), trials, folder, mesh=make_mesh(data=1), **options)  # type: ignore[arg-type]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  """All that must not depend on interruptions: rows and what the trial is; wall seconds are left out."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.glob("*/*.json*"))
+    if path.name != "status.json" and path.parent.name != "checkpoints"
+  }
+
+
+def test_rows_and_statuses(tmp_path: Path) -> None:
+  trials = trials_of(CONFIG)
+  run(tmp_path, trials)
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(trial.id for trial in trials)
+  for trial in trials:
+    record = read_record(tmp_path / trial.id)
+    assert record.status["state"] == "complete"
+    assert [row["step"] for row in record.metrics] == list(range(4, 601, 4))
+    assert all(row["examples_seen"] == 8 * row["step"] for row in record.metrics)
+    assert record.trial["hparams"]["learning_rate"] == trial.hparams.learning_rate
+    # the excess loss cannot exceed a start's and falls to the noise floor of its rate, about rate/2 tr(H Cov)/B
+    assert record.metrics[0]["validation_loss"] > record.metrics[-1]["validation_loss"]
+
+
+def test_complete_trials_are_skipped_and_new_ones_added(tmp_path: Path) -> None:
+  run(tmp_path, trials_of(CONFIG, seeds=range(2)))
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+  steps: list[int] = []
+  run(tmp_path, trials_of(CONFIG, seeds=range(4)), on_progress=steps.append)
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+  assert len(read_records(tmp_path)) == 8
+  assert sum(steps) == 8 * 600
+  run(tmp_path / "at_once", trials_of(CONFIG, seeds=range(4)))
+  assert contents(tmp_path) | contents(tmp_path / "at_once") == contents(tmp_path) | {}
+  assert {k: v for k, v in contents(tmp_path).items() if "/" in k} == contents(tmp_path / "at_once")
+
+
+def test_diverged_trial_stops_and_touches_nobody(tmp_path: Path) -> None:
+  config = dataclasses.replace(CONFIG, num_steps=1200)
+  wild = make_trial(config, Hparams(200.0), 0)
+  calm = trials_of(config, rates=(0.1,), seeds=range(3))
+  steps: list[int] = []
+  run(tmp_path / "both", [calm[0], wild, *calm[1:]], on_progress=steps.append)
+  run(tmp_path / "calm", calm)
+  record = read_record(tmp_path / "both" / wild.id)
+  assert record.status["state"] == "diverged"
+  first = record.status["first_nonfinite_step"]
+  assert 4 < first < 40
+  assert [row["step"] for row in record.metrics] == list(range(4, first, 4))[: (first - 1) // 4]
+  assert all(np.isfinite([row["train_loss"], row["validation_loss"]]).all() for row in record.metrics)
+  both = contents(tmp_path / "both")
+  assert {name: both[name] for name in contents(tmp_path / "calm")} == contents(tmp_path / "calm")
+  assert sum(steps) == 4 * 1200
+  run(tmp_path / "both", [wild])  # not tried again
+  assert read_record(tmp_path / "both" / wild.id) == record
+
+
+def test_diverged_trial_costs_no_further_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Its lane is free after the segment in flight: the pool dispatches two or three segments, not 5000 / 256."""
+  import bsjax.train.pool as pool
+
+  calls = []
+  real = pool.build_segment
+
+  def counted(*arguments):  # type: ignore[no-untyped-def]
+    segment = real(*arguments)
+    return lambda *inputs: calls.append(1) or segment(*inputs)
+
+  monkeypatch.setattr(pool, "build_segment", counted)
+  run(tmp_path, [make_trial(dataclasses.replace(CONFIG, num_steps=5120), Hparams(200.0), 0)])
+  assert len(calls) <= 3
+
+
+def test_probes_are_made_at_their_steps(tmp_path: Path) -> None:
+  config = dataclasses.replace(CONFIG, probes=("norm",), probe_steps=(0, 100, 600))
+  trials = trials_of(config)
+  run(tmp_path, trials, probe=norm_probe)
+  for trial in trials:
+    rows = read_record(tmp_path / trial.id).probes
+    assert [row["step"] for row in rows] == [0, 100, 600]
+    assert rows[0]["norm"] == 16.0  # w_0 = (1, ..., 1)
+
+
+def test_trials_of_different_configs_are_refused(tmp_path: Path) -> None:
+  with pytest.raises(ValueError, match="share their config"):
+    run(tmp_path, [*trials_of(CONFIG), *trials_of(dataclasses.replace(CONFIG, batch_size=4))])
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_learning_rate_must_be_positive_and_finite(rate: float) -> None:
+  with pytest.raises(ValueError, match="wanted a finite number above 0"):
+    make_trial(CONFIG, Hparams(rate), 0)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("batch_size", 0),
+    ("num_steps", -4),
+    ("num_steps", 6),
+    ("probe_steps", (3,)),
+    ("optimizer", "sdg"),
+    ("schedule", "cos"),
+  ],
+)
+def test_bad_config_is_refused(field: str, value: object) -> None:
+  with pytest.raises(ValueError, match=str(value) if not isinstance(value, tuple) else "3"):
+    dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_lanes_depend_on_size_only() -> None:
+  mesh = make_mesh(data=1)
+  assert num_lanes(quadratic(), CONFIG, mesh) > 1
+  assert num_lanes(quadratic(), dataclasses.replace(CONFIG, batch_size=10**6), mesh) == 1
+
+
+class _Stop(Exception):
+  pass
+
+
+def interrupted(folder: Path, trials: list[Trial], after: int) -> None:
+  """Runs until `after` trial-steps were reported, checkpointing all the time, and breaks off."""
+  left = after
+
+  def count(steps: int) -> None:
+    nonlocal left
+    left -= steps
+    if left <= 0:
+      raise _Stop
+
+  with pytest.raises(_Stop):
+    run(folder, trials, on_progress=count, probe=norm_probe, checkpoint_seconds=0.0)
+
+
+@pytest.mark.parametrize("after", [1, 1000, 2500, 4000])
+def test_resume_gives_the_same_bits(tmp_path: Path, after: int) -> None:
+  config = dataclasses.replace(CONFIG, probes=("norm",), probe_steps=(0, 300, 600), optimizer="momentum")
+  trials = trials_of(config)
+  run(tmp_path / "whole", trials, probe=norm_probe)
+  interrupted(tmp_path / "parts", trials, after)
+  run(tmp_path / "parts", trials, probe=norm_probe)
+  assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+  assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_checkpoints_are_gone_at_the_end(tmp_path: Path) -> None:
+  run(tmp_path, trials_of(CONFIG), checkpoint_seconds=0.0)
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(trial.id for trial in trials_of(CONFIG))
+
+
+def test_resume_continues_from_the_checkpoint(tmp_path: Path) -> None:
+  """The rows before the checkpoint are kept, not computed again: progress reports them at once."""
+  trials = trials_of(CONFIG, rates=(0.1,), seeds=range(1))
+  interrupted(tmp_path, trials, 300)
+  steps: list[int] = []
+  run(tmp_path, trials, on_progress=steps.append)
+  assert steps[:2] == [0, 256]
+
+
+SWEEP = """
+import sys
+sys.path[:0] = ["tests/train", "."]
+from pathlib import Path
+from test_pool import CONFIG, norm_probe, run, trials_of
+import dataclasses
+config = dataclasses.replace(CONFIG, num_steps=30000, probes=("norm",), probe_steps=(0, 15000, 30000))
+print("ready", flush=True)
+run(Path(sys.argv[1]), trials_of(config, seeds=range(5)), probe=norm_probe, checkpoint_seconds=0.2)
+print("done", flush=True)
+"""
+
+
+def test_kill_nine_at_random_moments(tmp_path: Path) -> None:
+  """A real process, killed for real, several times: the records equal an uninterrupted run's bit for bit."""
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+  def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", SWEEP, str(folder)]
+    return subprocess.Popen(
+      command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+  moments, kills = random.Random(0), 0
+  for _ in range(4):
+    child = start(tmp_path / "parts")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(moments.uniform(0.5, 3.0))
+    if child.poll() is None:
+      kills += 1
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+  assert kills > 0
+  read_records(tmp_path / "parts")  # never unreadable
+  for folder in ("parts", "whole"):
+    child = start(tmp_path / folder)
+    out, _ = child.communicate(timeout=240)
+    assert out == "ready\ndone\n"
+  assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+  assert {record.status["state"] for record in read_records(tmp_path / "parts")} == {"complete"}
+
+
+def saved(folder: Path, count: int) -> TrainState:
+  state = init_state(classifier("mlp"), "adamw", Hparams(*map(jnp.float32, Hparams(0.1))), jnp.uint32(0))
+  for number in range(count):
+    state = jax.tree.map(lambda leaf: leaf + 1, state)
+    save_checkpoint(folder, state, [{"id": f"trial{number}", "step": number}])
+  return state
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+  assert restore_checkpoint(tmp_path / "none", None) is None  # type: ignore[arg-type]
+  state = saved(tmp_path / "c", 3)
+  found = restore_checkpoint(tmp_path / "c", state)
+  assert found is not None
+  states, lanes = found
+  assert lanes == [{"id": "trial2", "step": 2}]
+  for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(state), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  assert len([path for path in (tmp_path / "c").iterdir() if path.is_dir()]) == 2
+
+
+def damage(folder: Path) -> None:
+  """Changes what the newest restore would return, as a flipped bit on disk does: silently."""
+  meta = next(path for path in folder.rglob("metadata") if path.parent.name == "meta")
+  content = json.loads(meta.read_text())
+  content["crc32"][0] ^= 1
+  meta.write_text(json.dumps(content))
+
+
+def newest(folder: Path) -> list[Path]:
+  return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: int(path.name), reverse=True)
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  state = saved(tmp_path / "c", 3)
+  damage(newest(tmp_path / "c")[0])
+  found = restore_checkpoint(tmp_path / "c", state)
+  assert found is not None
+  assert found[1] == [{"id": "trial1", "step": 1}]
+  assert "does not match its checksums" in capsys.readouterr().out
+
+
+def test_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
+  state = saved(tmp_path / "c", 3)
+  for path in newest(tmp_path / "c")[0].rglob("*"):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:3])
+  found = restore_checkpoint(tmp_path / "c", state)
+  assert found is not None
+  assert found[1] == [{"id": "trial1", "step": 1}]
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
+  state = saved(tmp_path / "c", 3)
+  for folder in newest(tmp_path / "c"):
+    damage(folder)
+  with pytest.raises(RecordError, match="no whole checkpoint in"):
+    restore_checkpoint(tmp_path / "c", state)
+
+
+def test_flipped_bit_in_the_arrays_is_found(tmp_path: Path) -> None:
+  """Orbax itself returns wrong numbers without a word; over many flips, none may pass as the newest state."""
+  state = saved(tmp_path / "c", 2)
+  files = [path for path in newest(tmp_path / "c")[0].rglob("d/*") if path.is_file()]
+  assert files
+  flips = random.Random(1)
+  for _ in range(12):
+    path = flips.choice(files)
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[flips.randrange(len(broken))] ^= 1 << flips.randrange(8)
+    path.write_bytes(bytes(broken))
+    found = restore_checkpoint(tmp_path / "c", state)
+    assert found is not None
+    if found[1][0]["step"] == 1:  # the flip hit bytes that no array is read from
+      for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(state), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    path.write_bytes(whole)

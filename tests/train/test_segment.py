@@ -1,0 +1,265 @@
+"""The compiled segment against a plain loop, a closed form, its own lanes and other meshes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import classifier, quadratic
+
+from bsjax.data import segment_indices
+from bsjax.optim import OPTIMIZERS
+from bsjax.train import build_segment, chunked, device_arrays, evaluate, init_state, make_mesh, make_step, stream
+from bsjax.train.segment import Rows
+from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState
+from bsjax.train.trial import TrialConfig
+from bsjax.types import Hparams
+from bsjax.workloads import Workload
+from bsjax.workloads.quadratic import SPECTRUM
+
+ROOT = Path(__file__).parents[2]
+
+
+def hparams_of(rate: float) -> Hparams:
+  return Hparams(*(jnp.float32(value) for value in Hparams(rate)))
+
+
+def run_segment(
+  workload: Workload, config: TrialConfig, rates: list[float], *, num_rows: int, seeds: list[int] | None = None
+) -> tuple[TrainState, Rows]:
+  lanes = len(rates)
+  mesh = make_mesh(data=1)
+  seed_array = jnp.asarray(seeds or list(range(lanes)), jnp.uint32)
+  stacked_hparams = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[hparams_of(rate) for rate in rates])
+  states = jax.vmap(lambda h, s: init_state(workload, config.optimizer, h, s))(stacked_hparams, seed_array)
+  segment = build_segment(workload, config, lanes, mesh)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  return segment(states, stacked_hparams, seed_array, jnp.int32(num_rows), *data)
+
+
+def plain_loop(
+  workload: Workload, config: TrialConfig, rate: float, seed: int, num_steps: int
+) -> tuple[TrainState, list[float]]:
+  """The same training as an ordinary Python loop over a jitted step, batches picked on the host."""
+  hparams = hparams_of(rate)
+  step = jax.jit(make_step(workload, config))
+  state = init_state(workload, config.optimizer, hparams, jnp.uint32(seed))
+  indices = np.asarray(
+    segment_indices(
+      stream(jnp.uint32(seed), ORDER_STREAM),
+      jnp.int32(0),
+      num_steps=num_steps,
+      batch_size=config.batch_size,
+      num_examples=len(workload.train),
+    )
+  )
+  losses = []
+  for index in indices:
+    batch = {name: array[index] for name, array in workload.train.arrays.items()}
+    state, loss = step(state, hparams, batch, stream(jnp.uint32(seed), LOSS_STREAM))
+    losses.append(float(loss))
+  return state, losses
+
+
+def relative_difference(a: object, b: object) -> float:
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return max(
+    float(np.max(np.abs(np.asarray(x) - np.asarray(y))) / (1e-8 + np.max(np.abs(np.asarray(y))))) for x, y in leaves
+  )
+
+
+def test_sgd_on_the_quadratic_is_its_closed_form() -> None:
+  """w <- w - rate h (w - mean of the batch's centres), in float64 numpy."""
+  workload, config = quadratic(), TrialConfig("quadratic", 8, 80, 1)
+  state, _ = run_segment(workload, config, [0.3], num_rows=80, seeds=[5])
+  order = np.asarray(
+    segment_indices(stream(jnp.uint32(5), ORDER_STREAM), jnp.int32(0), num_steps=80, batch_size=8, num_examples=512)
+  )
+  w = np.ones(16)
+  for index in order:
+    w -= 0.3 * SPECTRUM * (w - workload.train.arrays["center"][index].astype(np.float64).mean(axis=0))
+  # 80 float32 updates of numbers of size one: 80 x 6e-8
+  np.testing.assert_allclose(state.params["w"][0], w, atol=5e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["mlp", "mlp_bn", "cnn"])
+def test_segment_equals_a_plain_loop(kind: str, optimizer: str) -> None:
+  if kind != "mlp" and optimizer not in ("momentum", "lamb"):
+    pytest.skip("each model under two optimizers, each optimizer under one model: the pairs add nothing")
+  workload = classifier(kind)
+  config = TrialConfig(workload.name, 4, 12, 3, optimizer=optimizer, schedule="warmup_cosine", warmup_steps=2)
+  state, rows = run_segment(workload, config, [0.05], num_rows=4, seeds=[1])
+  expected, losses = plain_loop(workload, config, 0.05, 1, 12)
+  # the two programs round differently in each of 12 steps; 1e-5 is 100 float32 roundings
+  assert relative_difference(jax.tree.map(lambda leaf: leaf[0], state.params), expected.params) < 1e-5
+  assert (
+    relative_difference(jax.tree.map(lambda leaf: leaf[0], state.model_state), expected.model_state or {}) < 1e-5
+    if (expected.model_state)
+    else state.model_state == {}
+  )
+  np.testing.assert_allclose(rows.train_loss[0, :4], np.reshape(losses, (4, 3)).mean(axis=1), rtol=1e-5)
+  np.testing.assert_allclose(rows.minibatch_loss[0, :4], losses[2::3], rtol=1e-5)
+  assert int(state.step[0]) == 12
+  full = evaluate(workload.example_metrics, expected.params, expected.model_state, chunked(workload.validation.arrays))
+  np.testing.assert_allclose(rows.validation["loss"][0, 3], full["loss"], rtol=1e-5)
+
+
+def test_batch_norm_statistics_move_in_training_only() -> None:
+  workload = classifier("mlp_bn")
+  config = TrialConfig(workload.name, 4, 3, 3)
+  before = init_state(workload, "sgd", hparams_of(0.1), jnp.uint32(0)).model_state
+  state, _ = run_segment(workload, config, [0.1], num_rows=1)
+  moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b[0]))), before, state.model_state)
+  assert min(jax.tree.leaves(moved)) > 0
+  loss_fn = lambda example: workload.example_loss(jax.tree.map(lambda p: p[0], state.params), before, example)  # noqa: E731
+  examples = workload.train.arrays
+  alone = loss_fn({name: array[0] for name, array in examples.items()})
+  together = jax.vmap(loss_fn)(examples)[0]
+  np.testing.assert_allclose(alone, together, rtol=1e-6)  # an example's loss does not depend on its neighbours
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_lanes_do_not_touch_each_other(kind: str) -> None:
+  """Bitwise: a diverging neighbour, or another one, changes nothing."""
+  workload, config = classifier(kind), TrialConfig(kind, 4, 12, 3)
+  calm, calm_rows = run_segment(workload, config, [0.05, 0.1, 0.02], num_rows=4, seeds=[1, 2, 3])
+  wild, wild_rows = run_segment(workload, config, [1e30, 0.1, 0.7], num_rows=4, seeds=[9, 2, 8])
+  assert not np.isfinite(np.asarray(wild_rows.train_loss[0])).all()
+  for a, b in zip(jax.tree.leaves((calm, calm_rows)), jax.tree.leaves((wild, wild_rows)), strict=True):
+    assert np.asarray(a)[1].tobytes() == np.asarray(b)[1].tobytes()
+
+
+def test_position_among_the_lanes_does_not_matter() -> None:
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 12, 3)
+  first, _ = run_segment(workload, config, [0.05, 0.1, 0.02], num_rows=4, seeds=[1, 2, 3])
+  second, _ = run_segment(workload, config, [0.02, 0.05, 0.1], num_rows=4, seeds=[3, 1, 2])
+  for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
+    assert np.asarray(a)[[0, 1, 2]].tobytes() == np.asarray(b)[[1, 2, 0]].tobytes()
+
+
+def test_lane_agrees_with_a_trial_alone() -> None:
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 12, 3)
+  together, _ = run_segment(workload, config, [0.05, 0.1, 0.02], num_rows=4, seeds=[1, 2, 3])
+  alone, _ = run_segment(workload, config, [0.1], num_rows=4, seeds=[2])
+  lane = jax.tree.map(lambda leaf: leaf[1:2], together.params)
+  assert relative_difference(lane, alone.params) < 1e-5  # another program, the same trial: rounding only
+
+
+def test_cutting_into_segments_changes_no_bit() -> None:
+  """One call of four rows, against calls of one and three: the state is all that a segment needs."""
+  workload, config = classifier("mlp_bn"), TrialConfig("mlp_bn", 5, 12, 3, optimizer="adamw")
+  whole, _ = run_segment(workload, config, [0.05], num_rows=4)
+  part, _ = run_segment(workload, config, [0.05], num_rows=1)
+  mesh = make_mesh(data=1)
+  segment = build_segment(workload, config, 1, mesh)
+  stacked = jax.tree.map(lambda leaf: leaf[None], hparams_of(0.05))
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  rest, _ = segment(part, stacked, jnp.zeros(1, jnp.uint32), jnp.int32(3), *data)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(rest), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_one_compilation_for_all_rates_seeds_budgets_and_lengths() -> None:
+  workload = classifier("mlp")
+  mesh = make_mesh(data=1)
+  short, long = TrialConfig("mlp", 6, 12, 3), TrialConfig("mlp", 6, 300, 3, probes=("test",), probe_steps=(300,))
+  segment = build_segment(workload, short, 1, mesh)
+  assert build_segment(workload, long, 1, mesh) is segment
+  for rate, seed, rows in ((0.1, 0, 4), (0.2, 1, 2)):
+    run_segment(workload, short, [rate], num_rows=rows, seeds=[seed])
+  assert segment._cache_size() == 1
+
+
+def test_state_is_donated() -> None:
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 3, 3)
+  mesh = make_mesh(data=1)
+  hparams = jax.tree.map(lambda leaf: leaf[None], hparams_of(0.1))
+  states = jax.tree.map(lambda leaf: leaf[None], init_state(workload, "sgd", hparams_of(0.1), jnp.uint32(0)))
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  build_segment(workload, config, 1, mesh)(states, hparams, jnp.zeros(1, jnp.uint32), jnp.int32(1), *data)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states.params))
+
+
+def test_first_nonfinite_step_is_counted() -> None:
+  """On the quadratic w grows by |1 - rate h| a step; a plain loop tells which step's loss, or evaluation, overflows first."""
+  workload, config = quadratic(), TrialConfig("quadratic", 8, 40, 4)
+  _, rows = run_segment(workload, config, [200.0], num_rows=10, seeds=[0])
+  _, losses = plain_loop(workload, config, 200.0, 0, 40)
+  events = [step for step, loss in enumerate(losses, start=1) if not np.isfinite(loss)]
+  events += [4 * (row + 1) for row in range(10) if not np.isfinite(rows.validation["loss"][0, row])]
+  first = min(events)
+  row = (first - 1) // 4
+  assert 4 < first < 36
+  assert [int(count) for count in rows.first_nonfinite[0, : row + 1]] == [0] * row + [first - 4 * row]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+def test_evaluation_counts_every_example_once(chunk_size: int) -> None:
+  workload = classifier("mlp")
+  state = init_state(workload, "sgd", hparams_of(0.1), jnp.uint32(0))
+  metrics = evaluate(workload.example_metrics, state.params, {}, chunked(workload.validation.arrays, chunk_size))
+  values = [
+    workload.example_metrics(state.params, {}, {name: array[i] for name, array in workload.validation.arrays.items()})
+    for i in range(11)
+  ]
+  for name in ("loss", "accuracy"):
+    np.testing.assert_allclose(metrics[name], np.mean([np.float64(value[name]) for value in values]), rtol=1e-6)
+
+
+def test_padding_may_be_not_a_number() -> None:
+  data = chunked({"x": np.ones(3, np.float32)}, chunk_size=2)
+  metrics = evaluate(lambda params, model_state, example: {"inverse": 1 / example["x"]}, {}, {}, data)
+  assert float(metrics["inverse"]) == 1.0  # the padded zero's infinity is not summed
+
+
+def test_mesh_that_does_not_fit_is_refused() -> None:
+  with pytest.raises(ValueError, match=r"trial=3 x data=2 needs 6 devices, there are"):
+    make_mesh(trial=3, data=2)
+
+
+ON_EIGHT_DEVICES = """
+import json, sys
+sys.path.insert(0, "tests/train")
+import jax, jax.numpy as jnp, numpy as np
+from problems import classifier
+from test_segment import hparams_of
+from bsjax.train import build_segment, chunked, device_arrays, init_state, make_mesh
+from bsjax.train.trial import TrialConfig
+assert jax.device_count() == 8
+out = {}
+for kind in ("mlp", "mlp_bn", "cnn"):
+  workload, config = classifier(kind), TrialConfig(kind, 16, 20, 2)
+  for shape in ((1, 1), (1, 8), (2, 4), (8, 1)):
+    mesh = make_mesh(trial=shape[0], data=shape[1])
+    seeds = jnp.arange(8, dtype=jnp.uint32)
+    hparams = jax.tree.map(lambda leaf: jnp.full(8, leaf), hparams_of(0.05))
+    states = jax.vmap(lambda h, s: init_state(workload, "sgd", h, s))(hparams, seeds)
+    segment = build_segment(workload, config, 8, mesh)
+    data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+    _, rows = jax.block_until_ready(segment(states, hparams, seeds, jnp.int32(10), *data))
+    text = segment.lower(states, hparams, seeds, jnp.int32(10), *data).compile().as_text()
+    out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), "all-reduce" in text]
+print(json.dumps(out))
+"""
+
+
+def test_the_same_losses_on_one_device_and_on_eight() -> None:
+  """Forced host devices, in a process of its own; NPROC as in conftest.py, or two cores would dead-lock."""
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "16"}
+  command = ["timeout", "-s", "KILL", "240", sys.executable, "-c", ON_EIGHT_DEVICES]
+  done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout)
+  for kind in ("mlp", "mlp_bn", "cnn"):
+    one = np.asarray(found[f"{kind} (1, 1)"][0])
+    assert np.isfinite(one).all()
+    for shape in ("(1, 8)", "(2, 4)", "(8, 1)"):
+      losses, reduces = found[f"{kind} {shape}"]
+      np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{kind} {shape}")
+      assert reduces == (shape != "(8, 1)"), "a spread batch needs an all-reduce, spread trials need none"
