@@ -95,9 +95,9 @@ def every(*verdicts: Verdict) -> Verdict:
   return "holds" if all(verdict == "holds" for verdict in verdicts) else "inconclusive"
 
 
-def unanimous(*verdicts: Verdict) -> Verdict:
-  """Joins the same claim judged in several settings: a verdict needs all of them to agree."""
-  return verdicts[0] if len(set(verdicts)) == 1 else "inconclusive"
+def conjunction(*verdicts: Verdict) -> Verdict:
+  """Joins a claim made for several settings: it holds if it holds in all, and fails if it fails in one."""
+  return "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds"
 
 
 def in_words(interval: Interval, spec: str = "z.2f") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bsjax.analysis.claim import Finding, columns, in_words, inside, judged, unjudged
-from bsjax.analysis.fits import bootstrap_slope, knee, loglog_slope, vertex
+from bsjax.analysis.fits import KNEE_SHARE, bootstrap_slope, knee, loglog_slope, vertex
 from bsjax.analysis.selection import (
   batch_size,
   best_rate,
@@ -78,9 +78,9 @@ def judge_throughput(study: dict, records: Sequence[Record]) -> Finding:
     "inconclusive": "which leaves open whether growth is almost linear",
   }[verdict]
   saturation = (
-    f"No knee was seen up to batch size {int(sizes[-1])}: doubling the batch still pays there"
+    f"No knee was seen up to batch size {int(sizes[-1])}: throughput still grows there"
     if bend is None
-    else f"The knee is at batch size {bend}: beyond it, doubling the batch gains less than 60 % more examples per second"
+    else f"The knee is at batch size {bend}, the smallest with {100 * KNEE_SHARE:.0f} % of the highest throughput measured"
   )
   reading = (
     f"From batch size {int(sizes[0])} to {int(last)} examples per second grow as B to the power {in_words(slope)}, {conclusion}. "

@@ -9,11 +9,11 @@ from bsjax.analysis.claim import (
   Finding,
   Verdict,
   columns,
+  conjunction,
   in_words,
   judged,
   negated,
   positive,
-  unanimous,
   unjudged,
 )
 from bsjax.analysis.fits import (
@@ -171,7 +171,7 @@ GENERALIZATION = unjudged(
   statement="Small batches generalise better, at equal epochs and at equal steps",
   source="Keskar et al. (2017); Shallue et al. (2019) for the two budgets",
   expected="above 0",
-  unit="test accuracy, smallest third of batch sizes minus largest third, at equal epochs",
+  unit="test accuracy, smallest third of batch sizes minus largest third",
 )
 
 
@@ -182,8 +182,9 @@ def judge_generalizes(study: dict, records: Sequence[Record]) -> Finding:
   the final seeds. The interval covers the seeds, by Welch's formula; it is for these batch sizes, rates and test examples, and does not
   cover the choice of the test examples.
 
-  Rule in each budget: holds if the interval lies above 0; fails if it lies below `LEAST_ACCURACY`; else inconclusive. The claim takes
-  the verdict on which both budgets agree, and is inconclusive otherwise. `measured` is at equal epochs; the reading tells both.
+  Rule in each budget: holds if the interval lies above 0; fails if it lies below `LEAST_ACCURACY`; else inconclusive. The claim is
+  made for both budgets: it holds if it holds in both and fails if it fails in one. `measured` is the number of the budget that decides
+  (its unit names it); the reading tells both.
 
   Series: budget, batch_size, seed, test_accuracy: one entry for each trial and budget.
   """
@@ -208,7 +209,7 @@ def judge_generalizes(study: dict, records: Sequence[Record]) -> Finding:
     "Test accuracy of the smallest third of batch sizes minus that of the largest third: "
     f"{clauses['epochs']}; {clauses['steps']}. {_agreement(verdicts, 'that small batches generalise better')}"
   )
-  return Finding(_claim_of_epochs(GENERALIZATION, contrasts, verdicts, rows), series, reading)
+  return Finding(_claim_of_budgets(GENERALIZATION, contrasts, verdicts, rows), series, reading)
 
 
 def _probe_points(study: dict, records: Sequence[Record], probe: str, field: str) -> list[tuple[str, int, int, float]]:
@@ -242,19 +243,27 @@ def _slope_of_means(points: Sequence[tuple[int, float]]) -> Interval:
   return loglog_slope(np.array(sizes), np.array(means))
 
 
-def _claim_of_epochs(
+def _claim_of_budgets(
   claim: Claim, contrasts: dict[str, Interval], verdicts: dict[str, Verdict], rows: Sequence[tuple]
 ) -> Claim:
-  """Fills a claim whose number is at equal epochs and whose verdict is that of both budgets; unchanged without a number."""
-  if not np.isfinite(contrasts["epochs"].value):
+  """Fills a claim made for both budgets with the number that decides it: of a budget where it fails, else is open, else of epochs.
+
+  Unchanged where a budget has no number.
+  """
+  if not all(np.isfinite(contrast.value) for contrast in contrasts.values()):
     return claim
-  n = sum(row[0] == "epochs" for row in rows)
-  return judged(claim, contrasts["epochs"], n=n, verdict=unanimous(*verdicts.values()))
+  verdict = conjunction(*verdicts.values())
+  decisive = next(budget for budget in BUDGETS if verdicts[budget] == verdict)
+  n = sum(row[0] == decisive for row in rows)
+  return judged(claim._replace(unit=f"{claim.unit}, at equal {decisive}"), contrasts[decisive], n=n, verdict=verdict)
 
 
 def _agreement(verdicts: dict[str, Verdict], claim: str) -> str:
   if len(set(verdicts.values())) > 1:
-    return f"The two budgets do not agree {claim}, so the claim stays open."
+    return {
+      "fails": f"So it depends on the budget {claim.replace('that', 'whether', 1)}, and the claim as it stands fails.",
+      "inconclusive": f"Only one budget decides {claim.replace('that', 'whether', 1)}, so the claim stays open.",
+    }[conjunction(*verdicts.values())]
   return {
     "holds": f"Both budgets say {claim}.",
     "fails": f"Neither budget shows {claim}.",
@@ -267,7 +276,7 @@ FLATNESS = unjudged(
   statement="Small batches end in flatter minima, at equal epochs and at equal steps",
   source="Keskar et al. (2017); sharpness here is the largest eigenvalue of the Hessian",
   expected="above 0",
-  unit="slope of log(sharpness) against log B, at equal epochs",
+  unit="slope of log(sharpness) against log B",
 )
 
 
@@ -279,7 +288,8 @@ def judge_flat_minima(study: dict, records: Sequence[Record]) -> Finding:
   of a network depends on how it is parametrised and on how far it was trained: at equal epochs large batches made fewer steps.
 
   Rule in each budget: holds if the interval lies above 0; fails if it lies below `LEAST_SHARPNESS_SLOPE`; else inconclusive. The claim
-  takes the verdict on which both agree, and is inconclusive otherwise. `measured` is at equal epochs. Needs three batch sizes.
+  is made for both budgets: it holds if it holds in both and fails if it fails in one. `measured` is the number of the budget that decides.
+  Needs three batch sizes.
 
   Series: budget, batch_size, seed, sharpness, residual: one entry for each trial and budget, unconverged ones included.
   """
@@ -318,4 +328,4 @@ def judge_flat_minima(study: dict, records: Sequence[Record]) -> Finding:
     f"The slope of log sharpness against log B is {clauses['epochs']}; it is {clauses['steps']}{left_out}. "
     f"{_agreement(verdicts, 'that small batches end in flatter minima')}"
   )
-  return Finding(_claim_of_epochs(FLATNESS, slopes, verdicts, converged), series, reading)
+  return Finding(_claim_of_budgets(FLATNESS, slopes, verdicts, converged), series, reading)

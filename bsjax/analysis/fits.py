@@ -14,8 +14,8 @@ MIN_BATCH_SIZES = 4
 SEARCH_FACTOR = 16.0
 """B_crit is sought up to this factor outside the batch sizes tested. There the bend changes the steps by 1/16 = 6 % at the last batch
 size, less than the spacing of evaluations resolves: an optimum or an interval that reaches it is no measurement."""
-KNEE_GAIN = 1.6
-"""Doubling the batch size before the knee multiplies the throughput at least by this; 2 is linear, 1 is saturated."""
+KNEE_SHARE = 0.8
+"""The knee is where throughput first reaches this share of the highest measured: what lies beyond gains at most a quarter."""
 
 
 class Interval(NamedTuple):
@@ -210,18 +210,15 @@ def _percentiles(value: float, samples: np.ndarray) -> Interval:
 
 
 def knee(batch_sizes: np.ndarray, throughput: np.ndarray) -> int | None:
-  """Finds the largest batch size up to which each doubling multiplies the throughput at least by `KNEE_GAIN`.
+  """Finds the smallest batch size whose throughput is at least `KNEE_SHARE` of the highest: there the hardware saturates.
 
   Args:
-    batch_sizes, throughput: f64[n], rising in batch size; a step over several doublings is judged by its gain per doubling.
+    batch_sizes, throughput: f64[n], rising in batch size. Throughput may fall again beyond the knee, as caches overflow.
 
-  Returns: the batch size, possibly the smallest; None if the throughput still grows so at the end, or with fewer than two points.
+  Returns: the batch size, possibly the smallest; None if that is the largest one measured, so that no saturation was seen.
   """
-  for i in range(len(batch_sizes) - 1):
-    doublings = np.log2(batch_sizes[i + 1] / batch_sizes[i])
-    if np.log2(throughput[i + 1] / throughput[i]) < doublings * np.log2(KNEE_GAIN):
-      return int(batch_sizes[i])
-  return None
+  reached = batch_sizes[throughput >= KNEE_SHARE * np.max(throughput)]
+  return int(reached[0]) if len(batch_sizes) > 1 and reached[0] < batch_sizes[-1] else None
 
 
 def vertex(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -29,8 +29,9 @@ CHUNK_NUMBERS = 4e6
 """Numbers of per-example gradients held at once."""
 HESSIAN_EXAMPLES, HESSIAN_CHUNK = 10_000, 1024
 """The Hessian is that of the mean loss over the first training examples, at most so many, taken so many at a time."""
-MINIBATCHES = 64
-"""Minibatches sampled per batch size and checkpoint."""
+FEWEST_MINIBATCHES, MOST_MINIBATCHES, MINIBATCH_EXAMPLES = 64, 1024, 4096
+"""Minibatches sampled per batch size and checkpoint: as many as hold `MINIBATCH_EXAMPLES` between these bounds. Late in training single
+examples' gradients are heavy-tailed, and 64 of them say little about their variance."""
 LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
 
 
@@ -91,18 +92,19 @@ class Measurements:
     for batch_size in self.batch_sizes:
       if batch_size > self.noise_examples:
         continue
-      indices = np.stack([draw.permutation(self.noise_examples)[:batch_size] for _ in range(MINIBATCHES)])
+      count = min(max(MINIBATCH_EXAMPLES // batch_size, FEWEST_MINIBATCHES), MOST_MINIBATCHES)
+      indices = np.stack([draw.permutation(self.noise_examples)[:batch_size] for _ in range(count)])
       deviations, cosines = jax.device_get(self._minibatches(state, examples, indices, moments.mean_grad))
       yield {
         "probe": "minibatch",
         "step": int(state.step),
         "batch_size": batch_size,
-        "num_samples": MINIBATCHES,
+        "num_samples": count,
         "num_examples": self.noise_examples,
         "variance": np.mean(deviations, dtype=np.float64),
-        "variance_sem": np.std(deviations, ddof=1, dtype=np.float64) / MINIBATCHES**0.5,
+        "variance_sem": np.std(deviations, ddof=1, dtype=np.float64) / count**0.5,
         "cosine": np.mean(cosines, dtype=np.float64),
-        "cosine_sem": np.std(cosines, ddof=1, dtype=np.float64) / MINIBATCHES**0.5,
+        "cosine_sem": np.std(cosines, ddof=1, dtype=np.float64) / count**0.5,
       }
 
   def _first_examples(self, count: int) -> Batch:

@@ -12,33 +12,27 @@ from bsjax.workloads import Workload, num_params
 
 STEP_SECONDS, FLOPS_PER_SECOND = 6e-6, 2e10
 """Rough cost of a step on two CPU cores. Only ratios matter: the bar's rate is measured as it goes."""
-GROUP_SECONDS, TIMING_SECONDS, PROBE_SECONDS = 4.0, 2.5, 0.3
-"""Compiling and starting a batch size; timing one; measuring one finished trial."""
+START_SECONDS, TIMING_SECONDS, MEASURING_SECONDS = 7.0, 3.0, 0.2
+"""Compiling a batch size; timing one; measuring one finished trial."""
 EXPECTED_WIDENINGS = 1
+NOISE, TIMING = "gradient noise", "timing"
 
 
 class Progress:
-  """Counts work against a forecast that grows when a grid is widened."""
+  """Counts work part by part (batch sizes, noise, timing); a part's forecast gives way to what it really held."""
 
   def __init__(self, workload: Workload, plan: Plan) -> None:
-    self._workload, self._num_params = workload, num_params(workload)
-    self._begun: set[int] = set()
-    self._expected: set[Trial] = set()
-    forecast, size = 0.0, len(workload.train)
-    for batch_size in plan.batch_sizes:
-      trials = (plan.num_rates + EXPECTED_WIDENINGS) * plan.tuning_seeds + plan.final_seeds
-      for budget in ("epochs", "steps"):
-        config = make_config(plan, workload.name, budget, batch_size=batch_size, train_size=size)
-        forecast += trials * config.num_steps * self._step_seconds(config) + plan.final_seeds * PROBE_SECONDS
-      forecast += GROUP_SECONDS + TIMING_SECONDS
-    self._known = 0.0
+    self._num_params, self._num_validation = num_params(workload), len(workload.validation)
+    self._parts = {f"batch size {size}": self._forecast(workload, plan, size) for size in plan.batch_sizes}
+    self._parts |= {NOISE: 2 * START_SECONDS, TIMING: TIMING_SECONDS * len(plan.batch_sizes)}
+    self._part, self._known = "", 0.0
+    self._announced: set[Trial] = set()
+    on_screen = sys.stderr.isatty()
     self._bar = tqdm(
-      total=forecast,
+      total=sum(self._parts.values()),
       smoothing=0.05,
-      file=sys.stderr,
-      disable=None if sys.stderr.isatty() else False,
-      mininterval=0.5 if sys.stderr.isatty() else 10.0,
-      bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} gone, about {remaining} left",
+      mininterval=0.5 if on_screen else 10.0,
+      bar_format="{desc} {percentage:3.0f}% |{bar:30}| {elapsed} gone, about {remaining} left",
     )
 
   def __enter__(self) -> "Progress":
@@ -47,36 +41,49 @@ class Progress:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    if kind is None:
-      self._bar.update(max(0.0, self._bar.total - self._bar.n))
     self._bar.close()
 
-  def _step_seconds(self, config: TrialConfig) -> float:
-    flops = 6 * self._num_params * config.batch_size
-    evaluation = 2 * self._num_params * len(self._workload.validation) / config.eval_every
-    return STEP_SECONDS + (flops + evaluation) / FLOPS_PER_SECOND
+  def _forecast(self, workload: Workload, plan: Plan, batch_size: int) -> float:
+    trials = (plan.num_rates + EXPECTED_WIDENINGS) * plan.tuning_seeds + plan.final_seeds
+    seconds = START_SECONDS
+    for budget in ("epochs", "steps"):
+      config = make_config(plan, workload.name, budget, batch_size=batch_size, train_size=len(workload.train))
+      seconds += trials * self._trial_seconds(config) + plan.final_seeds * MEASURING_SECONDS
+    return seconds
 
-  def _add(self, seconds: float) -> None:
-    self._known += seconds
-    self._bar.total = max(self._bar.total, self._known)
+  def _trial_seconds(self, config: TrialConfig) -> float:
+    flops = 6 * self._num_params * config.batch_size
+    evaluation = 2 * self._num_params * self._num_validation / config.eval_every
+    return config.num_steps * (STEP_SECONDS + (flops + evaluation) / FLOPS_PER_SECOND)
+
+  def begin(self, part: str) -> None:
+    """Closes the part before at what it held, and begins another."""
+    if self._part:
+      self._parts[self._part] = self._known
+      self._bar.n = sum(list(self._parts.values())[: list(self._parts).index(part)])
+    self._part, self._known = part, 0.0
+    self._refresh()
+    self._bar.set_description_str(part)
 
   def expect(self, config: TrialConfig, trials: Sequence[Trial]) -> None:
-    """Announces trials about to run (or to be skipped); those announced before count once."""
-    new = set(trials) - self._expected
-    self._expected |= new
-    self._add(len(new) * config.num_steps * self._step_seconds(config))
-    self._bar.set_description_str(f"batch size {config.batch_size}")
-    if config.batch_size not in self._begun:
-      self._begun.add(config.batch_size)
-      self._add(GROUP_SECONDS)
-      self._bar.update(GROUP_SECONDS)
+    """Announces trials about to be trained or skipped; a trial counts once."""
+    new = set(trials) - self._announced
+    self._announced |= new
+    self._known += len(new) * self._trial_seconds(config)
+    self._refresh()
+
+  def _refresh(self) -> None:
+    self._parts[self._part] = max(self._parts[self._part], self._known)
+    self._bar.total = max(sum(self._parts.values()), self._bar.n)
 
   def advance(self, config: TrialConfig, steps: int) -> None:
     """Counts trial-steps that were settled."""
-    self._bar.update(min(steps * self._step_seconds(config), max(0.0, self._bar.total - self._bar.n)))
+    self._count(self._trial_seconds(config) * steps / config.num_steps)
 
   def timed(self) -> None:
     """Counts one timed batch size."""
-    self._bar.set_description_str("timing steps")
-    self._add(TIMING_SECONDS)
-    self._bar.update(min(TIMING_SECONDS, max(0.0, self._bar.total - self._bar.n)))
+    self._known += TIMING_SECONDS
+    self._count(TIMING_SECONDS)
+
+  def _count(self, seconds: float) -> None:
+    self._bar.update(min(seconds, self._bar.total - self._bar.n))

@@ -13,7 +13,7 @@ from bsjax.records import Record, append_rows, create_trial, read_record, read_r
 from bsjax.report import write_report
 from bsjax.study.measure import Measurements
 from bsjax.study.plan import Plan, budget_steps, first_rates, make_config
-from bsjax.study.progress import Progress
+from bsjax.study.progress import NOISE, TIMING, Progress
 from bsjax.study.timing import time_steps
 from bsjax.study.tune import tune_rate
 from bsjax.train import Trial, TrialConfig, make_trial, run_trials
@@ -87,9 +87,12 @@ def run_study(workload: Workload, plan: Plan, out: Path, *, mesh: Mesh, environm
     study = _Study(workload, plan, folder, mesh, Measurements(workload, plan.batch_sizes), environment, progress)
     tuned: dict[str, dict[str, Any]] = {choice: {} for choice in (*BUDGETS, "target")}
     for batch_size in plan.batch_sizes:
+      progress.begin(f"batch size {batch_size}")
       for choice, entry in _tune_and_train(study, batch_size).items():
         tuned[choice][str(batch_size)] = entry
+    progress.begin(NOISE)
     _measure_noise(study, tuned["epochs"])
+    progress.begin(TIMING)
     _time_steps(study, tuned["epochs"])
   return report_study(_describe(study, tuned), folder, out, environment=environment)
 

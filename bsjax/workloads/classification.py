@@ -12,7 +12,7 @@ from bsjax.workloads.workload import BatchNorm, Preset, Target, Workload, mean_t
 DIGITS_PRESET = Preset(
   batch_sizes=tuple(2**k for k in range(11)),
   base_learning_rate=0.2,
-  num_epochs=16,
+  num_epochs=32,
   num_steps=1024,
 )
 MNIST_PRESET = Preset(

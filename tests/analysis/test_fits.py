@@ -134,13 +134,15 @@ def test_the_bootstrapped_slope_covers_the_truth():
   assert low <= covered <= high
 
 
-def test_the_knee_is_where_doubling_stops_paying():
-  throughput = np.minimum(SIZES, 64)
-  assert knee(SIZES, throughput) == 64
+def test_the_knee_is_where_throughput_saturates():
+  assert knee(SIZES, np.minimum(SIZES, 64)) == 64
   assert knee(SIZES, SIZES) is None
   assert knee(SIZES, np.ones_like(SIZES)) == 1
-  assert knee(np.array([1.0, 16.0]), np.array([1.0, 7.0])) is None  # four doublings at 1.63 each
-  assert knee(np.array([1.0, 16.0]), np.array([1.0, 6.0])) == 1  # at 1.57 each
+  assert (
+    knee(SIZES, SIZES / (1 + SIZES / 32)) == 128
+  )  # half of the limit at 32, four fifths at 128, where 1024 has 32/33
+  assert knee(np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.9, 1.4])) == 2  # falling again
+  assert knee(np.array([8.0]), np.array([5.0])) is None
 
 
 def test_the_vertex_of_a_parabola():
