@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from bsjax.records import append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
 from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
 from bsjax.train.evaluate import chunked
-from bsjax.train.segment import Rows, build_segment, device_arrays, rows_per_segment
+from bsjax.train.segment import Rows, build_segment, device_arrays, everywhere, lane_sharding, rows_per_segment
 from bsjax.train.state import TrainState, init_state
 from bsjax.train.trial import Trial, TrialConfig
 from bsjax.types import Array, Hparams
@@ -42,9 +42,14 @@ def _init(workload: Workload, optimizer: str) -> Callable[[Hparams, Array], Trai
   return jax.jit(lambda hparams, seed: init_state(workload, optimizer, hparams, seed))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stacked: Any, one: Any, lane: int) -> Any:
-  return jax.tree.map(lambda array, value: array.at[lane].set(value), stacked, one)
+@functools.lru_cache(maxsize=8)
+def _put(sharding: NamedSharding) -> Callable[[Any, Any, int], Any]:
+  """Writes one lane of stacked arrays, which keep their sharding: another one would compile the segment again."""
+
+  def put(stacked: Any, one: Any, lane: int) -> Any:
+    return jax.tree.map(lambda array, value: array.at[lane].set(value), stacked, one)
+
+  return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 @jax.jit
@@ -119,8 +124,8 @@ def run_trials(
   lanes = num_lanes(workload, config, mesh)
   segment = build_segment(workload, config, lanes, mesh)
   train = device_arrays(workload.train.arrays, mesh)
-  validation = jax.device_put(chunked(workload.validation.arrays))
-  pool = _Pool(workload, config, folder, lanes, provenance or {}, probe, on_progress)
+  validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
+  pool = _Pool(workload, config, folder, lanes, mesh, provenance or {}, probe, on_progress)
   checkpoints = folder / "checkpoints" / trial_id(trials[0].description["config"])
   pool.restore(checkpoints, waiting)
   saved = time.monotonic()
@@ -157,6 +162,7 @@ class _Pool:
     config: TrialConfig,
     folder: Path,
     lanes: int,
+    mesh: Mesh,
     provenance: dict[str, Any],
     probe: Probe | None,
     on_progress: Callable[[int], None],
@@ -170,11 +176,13 @@ class _Pool:
     )
     self._init = _init(workload, config.optimizer)
     self.lanes: list[_Lane | None] = [None] * lanes
-    idle = Hparams(*(jnp.zeros(lanes, jnp.float32) for _ in Hparams._fields))
-    self.hparams, self.seeds = idle, jnp.zeros(lanes, jnp.uint32)
+    self.sharding = lane_sharding(mesh)
+    idle = Hparams(*(jnp.zeros(lanes, jnp.float32) for _ in Hparams._fields)), jnp.zeros(lanes, jnp.uint32)
+    self.hparams, self.seeds = jax.device_put(idle, self.sharding)
     shapes = jax.eval_shape(self._init, self._one_hparams(Hparams(0.0)), jnp.uint32(0))
     self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype), shapes)
-    self.states = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes)
+    self.states = jax.device_put(blank, self.sharding)
 
   @staticmethod
   def _one_hparams(hparams: Hparams) -> Hparams:
@@ -182,7 +190,7 @@ class _Pool:
 
   def _seat(self, index: int, trial: Trial, state: TrainState, step: int) -> None:
     self.lanes[index] = _Lane(trial, step, time.monotonic(), reported=step)
-    self.states, self.hparams, self.seeds = _put(
+    self.states, self.hparams, self.seeds = _put(self.sharding)(
       (self.states, self.hparams, self.seeds), (state, self._one_hparams(trial.hparams), jnp.uint32(trial.seed)), index
     )
 

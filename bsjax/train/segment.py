@@ -136,15 +136,24 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
     over_lanes = jax.vmap(lane_segment, in_axes=(0, 0, 0, None, None, None), spmd_axis_name="trial")
     return over_lanes(states, hparams, seeds, num_rows, train, validation)
 
-  lane_sharding, everywhere = NamedSharding(mesh, P("trial")), NamedSharding(mesh, P())
   return jax.jit(
     segment,
-    in_shardings=(lane_sharding, lane_sharding, lane_sharding, everywhere, everywhere, everywhere),
-    out_shardings=(lane_sharding, lane_sharding),
+    in_shardings=(lane_sharding(mesh),) * 3 + (everywhere(mesh),) * 3,
+    out_shardings=lane_sharding(mesh),
     donate_argnums=0,
   )
 
 
+def lane_sharding(mesh: Mesh) -> NamedSharding:
+  """Spreads a leading axis of lanes over the axis "trial"."""
+  return NamedSharding(mesh, P("trial"))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+  """Puts a copy on every device of the mesh."""
+  return NamedSharding(mesh, P())
+
+
 def device_arrays(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
   """Puts a data set on every device of the mesh: the path for data that fit one device."""
-  return jax.device_put(dict(arrays), NamedSharding(mesh, P()))
+  return jax.device_put(dict(arrays), everywhere(mesh))

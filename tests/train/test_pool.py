@@ -17,7 +17,17 @@ import pytest
 from problems import classifier, quadratic
 
 from bsjax.records import RecordError, read_record, read_records
-from bsjax.train import TrainState, Trial, TrialConfig, init_state, make_mesh, make_trial, num_lanes, run_trials
+from bsjax.train import (
+  TrainState,
+  Trial,
+  TrialConfig,
+  build_segment,
+  init_state,
+  make_mesh,
+  make_trial,
+  num_lanes,
+  run_trials,
+)
 from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
 from bsjax.types import Hparams
 
@@ -74,6 +84,17 @@ def test_complete_trials_are_skipped_and_new_ones_added(tmp_path: Path) -> None:
   run(tmp_path / "at_once", trials_of(CONFIG, seeds=range(4)))
   assert contents(tmp_path) | contents(tmp_path / "at_once") == contents(tmp_path) | {}
   assert {k: v for k, v in contents(tmp_path).items() if "/" in k} == contents(tmp_path / "at_once")
+
+
+def test_one_compilation_for_a_whole_pool(tmp_path: Path) -> None:
+  """Refilled lanes, a second pool of the same config and one with probes: one entry in the compiler's cache."""
+  config = dataclasses.replace(CONFIG, batch_size=7)  # of no other test
+  run(tmp_path / "a", trials_of(config, seeds=range(6)))
+  run(tmp_path / "b", trials_of(config, rates=(0.2,)), checkpoint_seconds=0.0)
+  probed = dataclasses.replace(config, num_steps=300, probes=("norm",), probe_steps=(300,))
+  run(tmp_path / "c", trials_of(probed), probe=norm_probe)
+  mesh = make_mesh(data=1)
+  assert build_segment(quadratic(), config, num_lanes(quadratic(), config, mesh), mesh)._cache_size() == 1
 
 
 def test_diverged_trial_stops_and_touches_nobody(tmp_path: Path) -> None:
