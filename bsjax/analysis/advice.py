@@ -28,6 +28,8 @@ class Advice(NamedTuple):
 
   `table` has one dict for each batch size: batch_size, learning_rate, steps (to target, mean over seeds; None unless every
   seed reached it), examples, seconds (steps x median seconds per step, None without timing), test_accuracy (at equal epochs), edge.
+  `training_set_noise_scale_end` takes the training set for all there is: exact, and known where `noise_scale_end`, an estimate for unseen
+  data, cannot be identified.
   """
 
   noise_scale_start: Bounds
@@ -37,6 +39,7 @@ class Advice(NamedTuple):
   learning_rate: float | None
   reason: str
   table: list[dict[str, Any]]
+  training_set_noise_scale_end: float | None = None
 
 
 def advise(study: dict, records: Sequence[Record], findings: Sequence[Finding]) -> Advice:
@@ -66,6 +69,7 @@ def advise(study: dict, records: Sequence[Record], findings: Sequence[Finding]) 
     learning_rate=rate,
     reason=reason,
     table=table,
+    training_set_noise_scale_end=_training_set_noise_scale(records),
   )
 
 
@@ -129,15 +133,29 @@ def _table(study: dict, records: Sequence[Record]) -> list[dict[str, Any]]:
   return rows
 
 
+def _checkpoint(records: Sequence[Record], *, last: bool) -> list[dict]:
+  """Returns the noise rows of all seeds at the first or last checkpoint."""
+  rows = [row for r in of_kind(records, "noise") for row in probe_rows(r, "noise") if is_number(row.get("step"))]
+  at = (max if last else min)((row["step"] for row in rows), default=None)
+  return [row for row in rows if row["step"] == at]
+
+
+def _training_set_noise_scale(records: Sequence[Record]) -> float | None:
+  """Returns tr(Sigma) / |G|^2 of the training set at the last checkpoint: mean over mean of the seeds, exact for these examples."""
+  rows = _checkpoint(records, last=True)
+  fields = ("grad_cov_trace", "dataset_grad_sq_norm")
+  if not rows or not all(is_number(row.get(field)) for row in rows for field in fields):
+    return None
+  return finite_or_none(float(np.divide(*(np.mean([row[field] for row in rows]) for field in fields))))
+
+
 def _noise_scale(records: Sequence[Record], *, last: bool) -> Bounds:
   """Returns the noise scale at the first or last checkpoint: mean tr(Sigma) over mean |G|^2 of the seeds.
 
   A mean of ratios would be biased (McCandlish et al., footnote 12). The interval runs from the lowest to the highest end of the seeds'
   own intervals. None if it is unidentifiable for any seed.
   """
-  rows = [row for r in of_kind(records, "noise") for row in probe_rows(r, "noise") if is_number(row.get("step"))]
-  at = (max if last else min)((row["step"] for row in rows), default=None)
-  rows = [row for row in rows if row["step"] == at]
+  rows = _checkpoint(records, last=last)
   fields = ("grad_cov_trace", "grad_sq_norm", "noise_scale", "noise_scale_ci_low", "noise_scale_ci_high")
   if not rows or not all(is_number(row.get(field)) for row in rows for field in fields):
     return None, None, None

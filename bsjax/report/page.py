@@ -115,6 +115,12 @@ def _answers(advice: Advice, steps_reading: str) -> list[dict[str, str]]:
     "for at least one seed the gradient is smaller than its own sampling error here, or no gradient noise was measured; "
     "the second figure tells more."
   )
+  in_sample = (
+    ""
+    if is_missing(advice.training_set_noise_scale_end)
+    else " Taking the training set for all there is, where it is known exactly, it is "
+    f"{format_number(advice.training_set_noise_scale_end)} examples."
+  )
   rows = [
     (
       "Noise scale at the start",
@@ -126,7 +132,8 @@ def _answers(advice: Advice, steps_reading: str) -> list[dict[str, str]]:
     (
       "Noise scale at the end",
       advice.noise_scale_end,
-      "The same quantity at the end of training; it usually grows, because the gradient shrinks faster than its noise.",
+      "The same quantity at the end of training; it usually grows, because the gradient shrinks faster than its noise."
+      + in_sample,
       lost,
     ),
     (

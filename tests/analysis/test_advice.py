@@ -76,3 +76,22 @@ def test_the_noise_scale_at_start_and_end_is_the_ratio_of_means_and_refuses_with
   advice = advice_for(simulate.make_study(), records)
   assert advice.noise_scale_start == start
   assert advice.noise_scale_end == (None, None, None)
+
+
+def test_the_training_set_s_own_noise_scale_is_known_where_the_estimate_is_refused():
+  records = simulate.noise_trials()
+  last = max(row["step"] for r in records for row in r.probes if row["probe"] == "noise")
+  for r in records:
+    for row in r.probes:
+      if row["probe"] == "noise":
+        end = row["step"] == last
+        row |= {"grad_cov_trace": 6.0, "dataset_grad_sq_norm": 0.002 if end else 5.0}
+        row |= {"noise_scale": None, "verdict": "unidentifiable"} if end else {}
+  advice = advice_for(simulate.make_study(), records)
+  assert advice.noise_scale_end == (None, None, None)
+  assert advice.training_set_noise_scale_end == pytest.approx(3000)
+  records[0].probes.clear()
+  for r in records:
+    for row in r.probes:
+      row.pop("dataset_grad_sq_norm", None)
+  assert advice_for(simulate.make_study(), records).training_set_noise_scale_end is None

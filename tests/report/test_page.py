@@ -230,7 +230,7 @@ def test_what_is_not_identified_says_why():
   advice = make_advice(
     noise_scale_start=unknown, noise_scale_end=(math.nan, math.nan, math.nan), critical_batch_size=unknown
   )
-  page = render(advice=advice)
+  page = render(advice=advice).text
   cards = [" ".join(card.text.split()) for card in page.having("div", "card")]
   assert len(cards) == 3
   for card in cards:
@@ -363,3 +363,10 @@ def test_a_study_without_records_still_gives_a_page():
   page = render(study=study, findings=findings, advice=advise(study, [], findings), figures={})
   assert "0 of 8 claims hold, 0 fail, 8 are inconclusive" in page.text
   assert "This study cannot recommend a batch size." in page.text
+
+
+def test_the_training_set_s_noise_scale_stands_where_the_estimate_is_missing():
+  advice = make_advice(noise_scale_end=(None, None, None), training_set_noise_scale_end=3141.0)
+  page = render(advice=advice).text
+  assert "known exactly, it is 3,140 examples" in page
+  assert "known exactly" not in render(advice=advice._replace(training_set_noise_scale_end=None)).text
