@@ -230,7 +230,7 @@ def test_what_is_not_identified_says_why():
   advice = make_advice(
     noise_scale_start=unknown, noise_scale_end=(math.nan, math.nan, math.nan), critical_batch_size=unknown
   )
-  page = render(advice=advice).text
+  page = render(advice=advice)
   cards = [" ".join(card.text.split()) for card in page.having("div", "card")]
   assert len(cards) == 3
   for card in cards:
