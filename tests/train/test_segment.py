@@ -186,17 +186,18 @@ def test_state_is_donated() -> None:
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states.params))
 
 
-def test_first_nonfinite_step_is_counted() -> None:
+@pytest.mark.parametrize("every", [4, 40])
+def test_first_nonfinite_step_is_counted(every: int) -> None:
   """On the quadratic w grows by |1 - rate h| a step; a plain loop tells which step's loss, or evaluation, overflows first."""
-  workload, config = quadratic(), TrialConfig("quadratic", 8, 40, 4)
-  _, rows = run_segment(workload, config, [200.0], num_rows=10, seeds=[0])
+  workload, config = quadratic(), TrialConfig("quadratic", 8, 40, every)
+  _, rows = run_segment(workload, config, [200.0], num_rows=40 // every, seeds=[0])
   _, losses = plain_loop(workload, config, 200.0, 0, 40)
   events = [step for step, loss in enumerate(losses, start=1) if not np.isfinite(loss)]
-  events += [4 * (row + 1) for row in range(10) if not np.isfinite(rows.validation["loss"][0, row])]
+  events += [every * (row + 1) for row in range(40 // every) if not np.isfinite(rows.validation["loss"][0, row])]
   first = min(events)
-  row = (first - 1) // 4
+  row = (first - 1) // every
   assert 4 < first < 36
-  assert [int(count) for count in rows.first_nonfinite[0, : row + 1]] == [0] * row + [first - 4 * row]
+  assert [int(count) for count in rows.first_nonfinite[0, : row + 1]] == [0] * row + [first - every * row]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
