@@ -24,8 +24,8 @@ class Progress:
   def __init__(self, workload: Workload, plan: Plan) -> None:
     self._num_params, self._num_validation = num_params(workload), len(workload.validation)
     self._parts = {f"batch size {size}": self._forecast(workload, plan, size) for size in plan.batch_sizes}
-    self._parts |= {NOISE: 2 * START_SECONDS, TIMING: TIMING_SECONDS * len(plan.batch_sizes)}
-    self._part, self._known = "", 0.0
+    self._parts |= {NOISE: START_SECONDS, TIMING: TIMING_SECONDS * len(plan.batch_sizes)}
+    self._part, self._known, self._started = "", 0.0, True
     self._announced: set[Trial] = set()
     on_screen = sys.stderr.isatty()
     self._bar = tqdm(
@@ -61,7 +61,8 @@ class Progress:
     if self._part:
       self._parts[self._part] = self._known
       self._bar.n = sum(list(self._parts.values())[: list(self._parts).index(part)])
-    self._part, self._known = part, 0.0
+    self._part, self._known = part, 0.0 if part == TIMING else START_SECONDS
+    self._started = part == TIMING
     self._refresh()
     self._bar.set_description_str(part)
 
@@ -77,7 +78,10 @@ class Progress:
     self._bar.total = max(sum(self._parts.values()), self._bar.n)
 
   def advance(self, config: TrialConfig, steps: int) -> None:
-    """Counts trial-steps that were settled."""
+    """Counts trial-steps that were settled, and with the first of a part its start."""
+    if not self._started:
+      self._started = True
+      self._count(START_SECONDS)
     self._count(self._trial_seconds(config) * steps / config.num_steps)
 
   def timed(self) -> None:

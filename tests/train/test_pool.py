@@ -117,11 +117,21 @@ def test_diverged_trial_stops_and_touches_nobody(tmp_path: Path) -> None:
   assert read_record(tmp_path / "both" / wild.id) == record
 
 
-def test_diverged_trial_costs_no_further_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Its lane is free after the segment in flight: the pool dispatches two or three segments, not 5000 / 256."""
+def test_the_step_of_divergence_is_exact(tmp_path: Path) -> None:
+  """Evaluated every step, or once after 40: the loss of a minibatch overflows at most two steps after that of all examples."""
+  first = {}
+  for every in (1, 40):
+    trial = make_trial(dataclasses.replace(CONFIG, num_steps=80, eval_every=every), Hparams(200.0), 0)
+    run(tmp_path, [trial])
+    first[every] = read_record(tmp_path / trial.id).status["first_nonfinite_step"]
+  assert 0 <= first[40] - first[1] <= 2
+
+
+def count_segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+  """Lets a test see how many segments a pool dispatches."""
   import bsjax.train.pool as pool
 
-  calls = []
+  calls: list[int] = []
   real = pool.build_segment
 
   def counted(*arguments):  # type: ignore[no-untyped-def]
@@ -129,6 +139,12 @@ def test_diverged_trial_costs_no_further_segment(tmp_path: Path, monkeypatch: py
     return lambda *inputs: calls.append(1) or segment(*inputs)
 
   monkeypatch.setattr(pool, "build_segment", counted)
+  return calls
+
+
+def test_diverged_trial_costs_no_further_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Its lane is free after the segment in flight: the pool dispatches two or three segments, not 5120 / 256."""
+  calls = count_segments(monkeypatch)
   run(tmp_path, [make_trial(dataclasses.replace(CONFIG, num_steps=5120), Hparams(200.0), 0)])
   assert len(calls) <= 3
 
@@ -210,13 +226,15 @@ def test_checkpoints_are_gone_at_the_end(tmp_path: Path) -> None:
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted(trial.id for trial in trials_of(CONFIG))
 
 
-def test_resume_continues_from_the_checkpoint(tmp_path: Path) -> None:
-  """The rows before the checkpoint are kept, not computed again: progress reports them at once."""
+def test_resume_continues_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """What lies before the checkpoint is not computed again: 600 steps are three segments, the rest of them fewer."""
   trials = trials_of(CONFIG, rates=(0.1,), seeds=range(1))
   interrupted(tmp_path, trials, 300)
-  steps: list[int] = []
-  run(tmp_path, trials, on_progress=steps.append)
-  assert steps[:2] == [0, 256]
+  calls = count_segments(monkeypatch)
+  run(tmp_path, trials)
+  resumed = len(calls)
+  run(tmp_path / "whole", trials)
+  assert (resumed, len(calls) - resumed) == (2, 3)
 
 
 SWEEP = """
