@@ -222,6 +222,10 @@ def _held_fixed(study: Mapping[str, Any]) -> list[tuple[str, str]]:
   direction = {"max": "at least", "min": "at most"}.get(target["direction"], target["direction"])
   epochs, steps = budgets["epochs"], budgets["steps"]
   sizes = ", ".join(format_number(size) for size in study["batch_sizes"])
+  momentum = "" if study["optimizer"] == "sgd" else f", momentum {study['momentum']:g}"
+  warmup = (
+    f", {100 * study['warmup_fraction']:g} % warmup; the learning rate is its peak" if study["warmup_fraction"] else ""
+  )
   return [
     (
       "Data",
@@ -229,11 +233,8 @@ def _held_fixed(study: Mapping[str, Any]) -> list[tuple[str, str]]:
     ),
     ("Model", f"{study['workload']}, {study['num_params']:,} parameters"),
     ("Batch norm", "none" if study["batch_norm"] == "none" else f"{study['batch_norm']} statistics"),
-    ("Optimizer", f"{study['optimizer']}, momentum {study['momentum']:g}, weight decay {study['weight_decay']:g}"),
-    (
-      "Schedule of the learning rate",
-      f"{study['schedule']}, {100 * study['warmup_fraction']:g} % warmup; the learning rate is its peak",
-    ),
+    ("Optimizer", f"{study['optimizer']}{momentum}, weight decay {study['weight_decay']:g}"),
+    ("Schedule of the learning rate", f"{study['schedule']}{warmup}"),
     (
       "Target",
       f"{str(target['metric']).replace('_', ' ')} {direction} {target['goal']:g}; the test split is never looked at for this",

@@ -265,8 +265,8 @@ def test_what_was_held_fixed():
     "digits: 1,257 train examples, 180 validation examples, 360 test examples",
     "digits_mlp, 4,810 parameters",
     "Batch norm none",
-    "Optimizer sgd, momentum 0.9, weight decay 0",
-    "constant, 0 % warmup; the learning rate is its peak",
+    "Optimizer sgd, weight decay 0",  # plain SGD has no momentum, whatever its flag says
+    "Schedule of the learning rate constant Target",
     "validation accuracy at least 0.95;",
     # 20 epochs of 1,257 examples: 25,140 updates at B = 1, and 25 at B = 1024, rounded up.
     "20 passes over the training set at every batch size: 25 to 25,140 updates",
@@ -277,6 +277,9 @@ def test_what_was_held_fixed():
   ):
     assert words in text
   assert "running statistics" in render(study=make_study(batch_norm="running")).text
+  other = make_study(optimizer="nesterov", schedule="warmup_cosine", warmup_fraction=0.05)
+  assert "Optimizer nesterov, momentum 0.9, weight decay 0" in render(study=other).text
+  assert "warmup_cosine, 5 % warmup; the learning rate is its peak" in render(study=other).text
   below = make_study(target={"metric": "validation_loss", "goal": 0.1, "direction": "min"})
   assert "validation loss at most 0.1;" in render(study=below).text
 
