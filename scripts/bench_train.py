@@ -1,7 +1,7 @@
 """How fast is a training step, against an ordinary JAX loop, against PyTorch, and against our own step outside the scan?
 
-  python scripts/bench_train.py                                  all cases, some minutes on one core
-  python scripts/bench_train.py --only=tiny_b8 --versus=entry    one case against one opponent
+  python -m scripts.bench_train                                  all cases, some minutes on one core
+  python -m scripts.bench_train --only=tiny_b8 --versus=entry    one case against one opponent
 
 Prints one JSON object per case and opponent. `ratio` is our time per step over theirs, below 1 is faster: the median of
 the ratios of alternating repetitions, `low` and `high` the smallest and the largest of them, `n` their number. On the CPU

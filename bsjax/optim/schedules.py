@@ -47,7 +47,7 @@ def make_schedule(name: str, *, num_steps: int, warmup_steps: int = 0) -> Schedu
     raise ValueError(f"warmup_steps={warmup_steps} is not in [0, num_steps={num_steps}); warm up for fewer steps.")
   first = 1.0 / (warmup_steps + 1)
   if name == "constant":
-    return optax.linear_schedule(first, 1.0, warmup_steps)
+    return optax.linear_schedule(first, 1.0, warmup_steps) if warmup_steps else optax.constant_schedule(1.0)
   if name == "warmup_cosine":
     return optax.warmup_cosine_decay_schedule(first, 1.0, warmup_steps, num_steps)
   raise ValueError(f"Unknown schedule {name!r}; use one of {', '.join(SCHEDULES)}.")

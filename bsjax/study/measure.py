@@ -35,6 +35,11 @@ examples' gradients are heavy-tailed, and 64 of them say little about their vari
 LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
 
 
+def noise_population(workload: Workload) -> int:
+  """Counts the training examples over which gradient noise is exact: all, or the first as `MOST_GRADIENT_NUMBERS` allows."""
+  return int(min(len(workload.train), max(256, MOST_GRADIENT_NUMBERS // num_params(workload))))
+
+
 class Measurements:
   """The probes of one workload, with their compiled programs; calling it is the `probe` of `run_trials`.
 
@@ -44,7 +49,7 @@ class Measurements:
 
   def __init__(self, workload: Workload, batch_sizes: tuple[int, ...]) -> None:
     self.workload, self.batch_sizes = workload, batch_sizes
-    self.noise_examples = int(min(len(workload.train), max(256, MOST_GRADIENT_NUMBERS // num_params(workload))))
+    self.noise_examples = noise_population(workload)
     self.chunk_size = int(max(8, min(512, CHUNK_NUMBERS // num_params(workload))))
     self.splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
     self._evaluate = jax.jit(functools.partial(evaluate, workload.example_metrics))
