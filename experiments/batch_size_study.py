@@ -20,7 +20,7 @@ from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_plan, run_command, run_study
 from bsjax.study.command import use_compilation_cache
 from bsjax.train import make_mesh
-from bsjax.workloads import WORKLOADS, load_workload
+from bsjax.workloads import WORKLOADS, load_workload, workload_settings
 
 SMOKE = {"num_epochs": 1, "num_steps": 64, "num_rates": 3, "tuning_seeds": 1, "final_seeds": 3}
 
@@ -65,7 +65,7 @@ def prepare(
   plan = make_plan(loaded, **overrides)
   mesh = make_mesh(trial=trial_devices)
   out = Path(out)
-  open_folder(out, {"experiment": "batch_size_study", "workload": workload} | plan.__dict__)
+  open_folder(out, {"experiment": "batch_size_study"} | workload_settings(workload) | plan.__dict__)
 
   def run_all() -> Path:
     with lock_folder(out):

@@ -16,9 +16,9 @@ find_python() {
 }
 
 set_up() {
-  local wanted stamp="$ROOT/.venv/requirements.sha256"
-  wanted="$(cat "$@" | sha256sum | cut -d' ' -f1)"
-  if ! { [ -f "$stamp" ] && grep -q "$wanted" "$stamp"; }; then
+  local wanted stamp="$ROOT/.venv/requirements.cksum"
+  wanted="$(cat "$@" | cksum)"
+  if ! { [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; }; then
     local python
     python="$(find_python)"
     echo "setting up $ROOT/.venv with $python: about 1.2 GB from $* (once; one to five minutes)"

@@ -33,7 +33,7 @@ def describe_environment() -> dict[str, Any]:
     "command_line": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
     "code_revision": code_revision(),
     "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-    "host_cores": len(os.sched_getaffinity(0)),
+    "host_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "processor": _processor(),
     "python": platform.python_version(),
     **{name: importlib.metadata.version(name) for name in SHOWN_PACKAGES},

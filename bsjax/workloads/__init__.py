@@ -1,6 +1,6 @@
 """Model + data + loss + target = `Workload`; the registry; a user's own file."""
 
-from bsjax.workloads.registry import WORKLOADS, load_workload
+from bsjax.workloads.registry import WORKLOADS, load_workload, workload_settings
 from bsjax.workloads.workload import Preset, Target, Workload, check_workload, mean_train_loss, num_params
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
   "load_workload",
   "mean_train_loss",
   "num_params",
+  "workload_settings",
 ]

@@ -1,5 +1,6 @@
 """From a name, or a file and function of a user's own, to a `Workload`."""
 
+import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -12,6 +13,14 @@ from bsjax.workloads.workload import Workload, check_workload
 WORKLOADS: dict[str, Callable[..., Workload]] = {
   function.__name__: function for function in (digits_mlp, digits_cnn, mnist_mlp, mnist_f1, quadratic)
 }
+
+
+def workload_settings(name: str) -> dict[str, str]:
+  """Describes a workload for the settings of an output folder: its name, and for a user's file the SHA-256 of its content."""
+  path = Path(name.rsplit(":", 1)[0])
+  return {"workload": name} | (
+    {"workload_sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if ":" in name else {}
+  )
 
 
 def load_workload(name: str, *, data_dir: str | None = None, manual_dir: str | None = None) -> Workload:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from bsjax.records import read_records
+from bsjax.records import RecordError, read_records
 from bsjax.study import run_command
 from experiments import batch_size_study
 
@@ -193,6 +193,16 @@ def test_unwritable_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_other_settings_are_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
   assert "was started with other settings" in refused(["--workload=quadratic", f"--out={out}"], capsys)
+
+
+def test_an_edited_workload_file_does_not_continue_the_old_study(tmp_path: Path) -> None:
+  mine = tmp_path / "mine.py"
+  mine.write_text((ROOT / "docs" / "examples" / "my_model.py").read_text())
+  batch_size_study.prepare(f"{mine}:make_workload", tmp_path / "out")
+  batch_size_study.prepare(f"{mine}:make_workload", tmp_path / "out")
+  mine.write_text(mine.read_text().replace("0.01 *", "0.02 *"))
+  with pytest.raises(RecordError, match="workload_sha256 was"):
+    batch_size_study.prepare(f"{mine}:make_workload", tmp_path / "out")
 
 
 def command(folder: Path, *more: str) -> list[str]:
