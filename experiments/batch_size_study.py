@@ -4,7 +4,7 @@
 
 Trains at every batch size with the rate tuned for each, at equal epochs and at equal steps; judges eight claims and
 recommends a batch size: OUT/report.html, OUT/claims.json, OUT/results.csv. Run it again to continue after a kill.
-digits_mlp takes about 3 minutes on two CPU cores. Expected there: noise falls as 1/B and small batches need more
+digits_mlp takes about 2 minutes on two CPU cores. Expected there: noise falls as 1/B and small batches need more
 updates; whether they generalise better and end in flatter minima is what the report measures.
 """
 

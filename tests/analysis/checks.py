@@ -1,0 +1,38 @@
+"""What every finding must satisfy, whichever judge made it."""
+
+import json
+import re
+
+import numpy as np
+
+SERIES = {
+  "variance_inverse_b": "step batch_size variance variance_sem predicted",
+  "direction_stable": "step batch_size cosine cosine_sem predicted",
+  "oscillation": "batch_size spread spread_sem curve_batch_size curve_examples curve_loss curve_trend",
+  "more_steps": "batch_size seed steps fit_batch_size fit_steps perfect_steps fit_low fit_high"
+  " s_min critical_batch_size critical_low critical_high",
+  "generalizes": "budget batch_size seed test_accuracy",
+  "flat_minima": "budget batch_size seed sharpness residual",
+  "throughput": "batch_size repeat examples_per_second seconds_per_step knee",
+  "linear_scaling": "batch_size learning_rate edge grid_batch_size grid_learning_rate grid_score rule_batch_size linear sqrt slope",
+}
+
+
+def check(finding, claim_id, verdict):
+  """What every finding must satisfy, whatever its verdict."""
+  claim = finding.claim
+  assert (claim.id, claim.figure, claim.verdict) == (claim_id, claim_id, verdict)
+  assert set(finding.series) == set(SERIES[claim_id].split())
+  assert all(isinstance(array, np.ndarray) for array in finding.series.values())
+  json.dumps(claim._asdict(), allow_nan=False)
+  numbers = (claim.measured, claim.ci_low, claim.ci_high)
+  if verdict != "inconclusive":
+    assert claim.ci_low <= claim.measured <= claim.ci_high
+    assert claim.n > 0
+  assert all(x is None or type(x) is float for x in numbers)
+  sentences = re.findall(r"[.](?= [A-Z]|$)", finding.reading)
+  assert len(sentences) == 2, finding.reading
+  assert finding.reading[0].isupper()
+  assert "nan" not in finding.reading.lower()
+  assert "  " not in finding.reading
+  assert not re.search(r"-0\.0+\b", finding.reading)
