@@ -10,9 +10,10 @@ ROOMS = {
   # room: the rooms it may import
   "types": set(),
   "tree": {"types"},
-  "probes": {"types", "tree"},
+  "conv": {"types"},
+  "probes": {"types", "tree", "conv"},
   "optim": {"types", "tree"},
-  "models": {"types", "tree"},
+  "models": {"types", "tree", "conv"},
   "data": {"types", "tree"},
   "records": set(),
   "workloads": {"types", "tree", "models", "data"},

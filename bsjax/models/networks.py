@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bsjax.models.conv import conv, max_pool
+from bsjax.conv import conv, max_pool
 from bsjax.types import Array, Key, ModelState, Variables
 
 BatchNorm = Literal["none", "running", "batch"]
@@ -48,7 +48,7 @@ def mlp(
   by centring. Under `vmap` over examples each would be normalised by itself: only `"none"`, or `"running"` with
   `train=False`, has per-example losses.
   """
-  return _make_model(_Mlp(tuple(widths), num_classes, batch_norm), tuple(input_shape))
+  return make_model(_Mlp(tuple(widths), num_classes, batch_norm), tuple(input_shape))
 
 
 def cnn(input_shape: Sequence[int], num_classes: int, *, channels: Sequence[int] = (16, 32)) -> Model:
@@ -60,7 +60,7 @@ def cnn(input_shape: Sequence[int], num_classes: int, *, channels: Sequence[int]
     num_classes: Number of logits.
     channels: Output channels of each convolution; padding is "SAME" and the stride 1. The default is meant for 8x8 digits.
   """
-  return _make_model(_Cnn(tuple(channels), num_classes), tuple(input_shape))
+  return make_model(_Cnn(tuple(channels), num_classes), tuple(input_shape))
 
 
 class Conv(nn.Module):
@@ -118,7 +118,7 @@ class _Cnn(nn.Module):
     return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
-def _make_model(network: nn.Module, input_shape: tuple[int, ...]) -> Model:
+def make_model(network: nn.Module, input_shape: tuple[int, ...]) -> Model:
   """Turns a module called as `network(images, train)` into a `Model`."""
 
   @jax.jit

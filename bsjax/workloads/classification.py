@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from bsjax.data import load_source
-from bsjax.models import Model, cnn, mlp
+from bsjax.models import Model, cnn, mlp, vit
 from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params
 from bsjax.workloads.workload import BatchNorm, Preset, Target, Workload, mean_train_loss
 
@@ -110,6 +110,28 @@ def digits_cnn(data_dir: str | None = None, manual_dir: str | None = None) -> Wo
       batch_sizes=tuple(2**k for k in range(2, 11, 2)),
       num_epochs=4,
       num_steps=128,
+      num_rates=3,
+      tuning_seeds=2,
+      final_seeds=3,
+    ),
+    data_dir=data_dir,
+    manual_dir=manual_dir,
+  )
+
+
+def digits_vit(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
+  """Two transformer blocks over the 16 patches of 2x2 pixels of the digits, width 32 and two heads; P = 18,090."""
+  return classification(
+    "digits_vit",
+    "digits",
+    vit((8, 8, 1), 10),
+    pixel_max=16.0,
+    target=Target("validation_accuracy", 0.9, "max"),
+    preset=DIGITS_PRESET._replace(
+      batch_sizes=(4, 16, 64, 256),
+      base_learning_rate=0.1,
+      num_epochs=8,
+      num_steps=256,
       num_rates=3,
       tuning_seeds=2,
       final_seeds=3,

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from bsjax.data import Source
 from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params, Variables
 
-BatchNorm = Literal["none", "running"]
+BatchNorm = Literal["none", "running", "batch", "ghost"]
+"""Which statistics `example_loss` normalises with: "batch" and "ghost" are those of whatever batch is given, so that the loss of one
+example is not defined: such a workload can be trained, and per-example probes refuse it."""
 
 
 class Target(NamedTuple):

@@ -16,24 +16,26 @@ MNIST = ROOT.parent / "shared" / "data" / "mnist"
 
 def test_unknown_name_lists_the_known_ones() -> None:
   with pytest.raises(
-    ValueError, match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, mnist_mlp, mnist_f1, quadratic"
+    ValueError, match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, quadratic"
   ):
     load_workload("digits_mpl")
 
 
 def test_the_issue_s_workloads_are_there() -> None:
-  assert {"digits_mlp", "digits_cnn", "mnist_mlp", "mnist_f1", "quadratic"} <= WORKLOADS.keys()
+  assert {"digits_mlp", "digits_cnn", "digits_vit", "mnist_mlp", "mnist_f1", "quadratic"} <= WORKLOADS.keys()
 
 
-@pytest.mark.parametrize(("name", "expected"), [("digits_mlp", 64 * 64 + 64 + 64 * 10 + 10), ("quadratic", 16)])
+@pytest.mark.parametrize(
+  ("name", "expected"), [("digits_mlp", 64 * 64 + 64 + 64 * 10 + 10), ("digits_vit", 18_090), ("quadratic", 16)]
+)
 def test_parameters_and_splits(name: str, expected: int) -> None:
   workload = load_workload(name)
   assert num_params(workload) == expected
   sizes = [len(split) for split in (workload.train, workload.validation, workload.test)]
-  assert sizes == ([1024, 386, 387] if name == "digits_mlp" else [512] * 3)
+  assert sizes == ([512] * 3 if name == "quadratic" else [1024, 386, 387])
 
 
-@pytest.mark.parametrize("name", ["digits_mlp", "digits_cnn"])
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_cnn", "digits_vit"])
 def test_loss_of_an_untrained_classifier_is_near_log_10(name: str) -> None:
   """At random weights no class is favoured much: mean cross-entropy near log(10), far from 0 and from 10."""
   workload = load_workload(name)

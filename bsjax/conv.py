@@ -73,7 +73,7 @@ def conv(x: Array, w: Array, *, stride: int = 1, padding: Literal["SAME", "VALID
   geometry = Geometry((height, width), (kernel_height, kernel_width), stride, (vertical, horizontal))
   if min(geometry.output_size) < 1:
     raise ValueError(f"conv got x{x.shape} and w{w.shape}, a kernel larger than the image; use padding='SAME'.")
-  return _bind(_convolution, x[None], w[None], geometry)[0]
+  return _bind(convolution_p, x[None], w[None], geometry)[0]
 
 
 def max_pool(x: Array) -> Array:
@@ -96,6 +96,22 @@ def max_pool(x: Array) -> Array:
   top = jnp.maximum(x[:, 0:height:2, 0:width:2], x[:, 0:height:2, 1:width:2])
   bottom = jnp.maximum(x[:, 1:height:2, 0:width:2], x[:, 1:height:2, 1:width:2])
   return jnp.maximum(top, bottom)
+
+
+def image_patches(x: Array, geometry: Geometry) -> Array:
+  """Lays out what each position of the kernel sees: `[N, H, W, C] -> [N, H', W', kh kw C]`.
+
+  With `w` as a matrix `[kh kw I, O]` the convolution is `image_patches(x, geometry) @ w`. Made of slices, `kh kw` times the memory of `x`.
+  """
+  padded = jnp.pad(x, ((0, 0), *geometry.padding, (0, 0)))
+  height, width = geometry.output_size
+  stride = geometry.stride
+  seen = [
+    padded[:, a : a + stride * (height - 1) + 1 : stride, b : b + stride * (width - 1) + 1 : stride]
+    for a in range(geometry.kernel_size[0])
+    for b in range(geometry.kernel_size[1])
+  ]
+  return jnp.concatenate(seen, axis=-1)
 
 
 # The three maps, one lane each: the plain form, and the form of XLA's fast CPU kernel.
@@ -225,7 +241,7 @@ def _fold(x: Array, mapped_axis: int, axis: int) -> Array:
 
 
 # Axes with lanes: images are [V, N, H, W, C], kernels [V, kh, kw, I, O].
-_convolution = _make_primitive("loop_safe_convolution", _convolution_of, _convolution_of, (1, 1), (4, 4))
+convolution_p = _make_primitive("loop_safe_convolution", _convolution_of, _convolution_of, (1, 1), (4, 4))
 _input_gradient = _make_primitive(
   "loop_safe_input_gradient", _plain_input_gradient_of, _canonical_input_gradient_of, (1, 1), (3, 4)
 )
@@ -234,17 +250,17 @@ _filter_gradient = _make_primitive(
 )
 
 ad.defbilinear(
-  _convolution,
+  convolution_p,
   lambda ct, x, w, geometry: _bind(_input_gradient, ct, w, geometry),
   lambda ct, x, w, geometry: _bind(_filter_gradient, x, ct, geometry),
 )
 ad.defbilinear(
   _input_gradient,
-  lambda ct, dy, w, geometry: _bind(_convolution, ct, w, geometry),
+  lambda ct, dy, w, geometry: _bind(convolution_p, ct, w, geometry),
   lambda ct, dy, w, geometry: _bind(_filter_gradient, ct, dy, geometry),
 )
 ad.defbilinear(
   _filter_gradient,
   lambda ct, x, dy, geometry: _bind(_input_gradient, dy, ct, geometry),
-  lambda ct, x, dy, geometry: _bind(_convolution, x, ct, geometry),
+  lambda ct, x, dy, geometry: _bind(convolution_p, x, ct, geometry),
 )
