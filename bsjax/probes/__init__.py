@@ -1,27 +1,44 @@
 """The mathematics of a loss: gradients per example, gradient noise, Hessian products, the top of the spectrum."""
 
-from bsjax.probes.hvp import hessian_vector_product
-from bsjax.probes.noise import (
-  GradientMoments,
-  NoiseStatistics,
-  gradient_moments,
-  minibatch_statistics,
-  noise_statistics,
-)
-from bsjax.probes.per_example import LossFn, mean_gradient, per_example_grads, per_example_losses
-from bsjax.probes.spectrum import TopEigenvalue, top_eigenvalue
-
-__all__ = [
-  "GradientMoments",
-  "LossFn",
-  "NoiseStatistics",
-  "TopEigenvalue",
-  "gradient_moments",
-  "hessian_vector_product",
-  "mean_gradient",
-  "minibatch_statistics",
-  "noise_statistics",
-  "per_example_grads",
-  "per_example_losses",
-  "top_eigenvalue",
-]
+from bsjax.probes.estimate import Estimate as Estimate
+from bsjax.probes.estimate import NoiseStatistics as NoiseStatistics
+from bsjax.probes.estimate import expected_sq_norm as expected_sq_norm
+from bsjax.probes.estimate import flat_row as flat_row
+from bsjax.probes.estimate import noise_statistics as noise_statistics
+from bsjax.probes.ghost import GhostNorms as GhostNorms
+from bsjax.probes.ghost import ghost_norms as ghost_norms
+from bsjax.probes.ghost import ghost_projections as ghost_projections
+from bsjax.probes.ghost import ghost_routes as ghost_routes
+from bsjax.probes.hessian_noise import HessianMoments as HessianMoments
+from bsjax.probes.hessian_noise import HessianNoise as HessianNoise
+from bsjax.probes.hessian_noise import hessian_moments as hessian_moments
+from bsjax.probes.hessian_noise import hessian_noise as hessian_noise
+from bsjax.probes.hessian_noise import optimal_learning_rate as optimal_learning_rate
+from bsjax.probes.hessian_noise import optimal_loss_decrease as optimal_loss_decrease
+from bsjax.probes.hessian_noise import randomised_hessian_moments as randomised_hessian_moments
+from bsjax.probes.hvp import hessian_vector_product as hessian_vector_product
+from bsjax.probes.moments import GradientMoments as GradientMoments
+from bsjax.probes.moments import adam_metric as adam_metric
+from bsjax.probes.moments import gradient_moments as gradient_moments
+from bsjax.probes.moments import in_metric as in_metric
+from bsjax.probes.moments import sharded_moments as sharded_moments
+from bsjax.probes.noise import GradientNoise as GradientNoise
+from bsjax.probes.noise import finite_moments as finite_moments
+from bsjax.probes.noise import gradient_noise as gradient_noise
+from bsjax.probes.noise import minibatch_statistics as minibatch_statistics
+from bsjax.probes.noise import noise_by_group as noise_by_group
+from bsjax.probes.noise import noise_of as noise_of
+from bsjax.probes.per_example import LossFn as LossFn
+from bsjax.probes.per_example import mean_gradient as mean_gradient
+from bsjax.probes.per_example import per_example_grads as per_example_grads
+from bsjax.probes.per_example import per_example_losses as per_example_losses
+from bsjax.probes.spectrum import TopEigenvalue as TopEigenvalue
+from bsjax.probes.spectrum import top_eigenvalue as top_eigenvalue
+from bsjax.probes.two_batch import TwoBatchNoise as TwoBatchNoise
+from bsjax.probes.two_batch import accumulated_gradient as accumulated_gradient
+from bsjax.probes.two_batch import device_gradient as device_gradient
+from bsjax.probes.two_batch import device_sq_norms as device_sq_norms
+from bsjax.probes.two_batch import microbatch_sq_norms as microbatch_sq_norms
+from bsjax.probes.two_batch import smoothed_parts as smoothed_parts
+from bsjax.probes.two_batch import two_batch_estimates as two_batch_estimates
+from bsjax.probes.two_batch import two_batch_noise as two_batch_noise

@@ -1,18 +1,16 @@
 """Sums over a data set that is too large for one pass."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bsjax.types import Batch
-
 Tree = TypeVar("Tree")
 
 
-def sum_over_chunks(chunk_fn: Callable[[Batch], Tree], examples: Batch, *, chunk_size: int) -> Tree:
+def sum_over_chunks(chunk_fn: Callable[[Any], Tree], examples: Any, *, chunk_size: int) -> Tree:
   """Add up `chunk_fn(chunk)` over consecutive chunks of the examples.
 
   Args:
@@ -29,6 +27,16 @@ def sum_over_chunks(chunk_fn: Callable[[Batch], Tree], examples: Batch, *, chunk
   Holds: every example counts once. Where N is not a multiple of `chunk_size` the remainder is a shorter chunk of its
   own, compiled beside the loop. The data are sliced in place, not copied.
   """
+  return scan_over_chunks(lambda chunk: (chunk_fn(chunk), ()), examples, chunk_size=chunk_size)[0]
+
+
+def scan_over_chunks(
+  chunk_fn: Callable[[Any], tuple[Tree, Any]], examples: Any, *, chunk_size: int
+) -> tuple[Tree, Any]:
+  """Add up the first result of `chunk_fn(chunk)` over consecutive chunks, and string the second together.
+
+  As `sum_over_chunks`, with a second pytree of one entry per example, `[chunk, ...]`, returned as `[N, ...]`.
+  """
   if chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
   num_examples = count_examples(examples)
@@ -36,21 +44,25 @@ def sum_over_chunks(chunk_fn: Callable[[Batch], Tree], examples: Batch, *, chunk
     return chunk_fn(examples)
   num_full, remainder = divmod(num_examples, chunk_size)
 
-  def chunk_sum(start, size):
+  def at(start, size):
     return chunk_fn(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), examples))
 
   def add_chunk(total, index):
-    return optax.tree.add(total, chunk_sum(index * chunk_size, chunk_size)), None
+    sums, each = at(index * chunk_size, chunk_size)
+    return optax.tree.add(total, sums), each
 
   if remainder:
-    start = chunk_sum(num_full * chunk_size, remainder)
+    start, last = at(num_full * chunk_size, remainder)
   else:
-    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: chunk_sum(0, chunk_size)))
-  total, _ = jax.lax.scan(add_chunk, start, jnp.arange(num_full))
-  return total
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: at(0, chunk_size)[0]))
+  total, stacked = jax.lax.scan(add_chunk, start, jnp.arange(num_full))
+  each = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
+  if remainder:
+    each = jax.tree.map(lambda most, rest: jnp.concatenate([most, rest]), each, last)
+  return total, each
 
 
-def count_examples(examples: Batch) -> int:
+def count_examples(examples: Any) -> int:
   """Read N off the leading axes, which must agree."""
   lengths = {x.shape[0] for x in jax.tree.leaves(examples)}
   if len(lengths) != 1 or lengths == {0}:

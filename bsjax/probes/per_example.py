@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bsjax.probes.chunks import count_examples, sum_over_chunks
+from bsjax.probes.leaves import wide
 from bsjax.types import Array, Batch, Example, Params
 
 LossFn = Callable[[Params, Example], Array]
@@ -39,14 +40,14 @@ def mean_gradient(loss_fn: LossFn, params: Params, examples: Batch, *, chunk_siz
     chunk_size: examples per pass, static; N need not be a multiple of it.
 
   Returns:
-    The loss f32[], and G like `params`: sums over all examples, divided once.
+    The loss f32[], and G like `params`: sums over all examples, in float32 at least, divided once.
   """
 
   def loss_sum(params, chunk):
-    return jnp.sum(per_example_losses(loss_fn, params, chunk))
+    return jnp.sum(wide(per_example_losses(loss_fn, params, chunk)))
 
   def chunk_fn(chunk):
-    return jax.value_and_grad(loss_sum)(params, chunk)
+    return jax.tree.map(wide, jax.value_and_grad(loss_sum)(params, chunk))
 
   sums = sum_over_chunks(chunk_fn, examples, chunk_size=chunk_size)
   return optax.tree.scale(1 / count_examples(examples), sums)
