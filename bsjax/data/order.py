@@ -73,6 +73,21 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
   return jax.lax.dynamic_slice_in_dim(stream, offset, length).reshape(num_steps, batch_size)
 
 
+def independent_indices(
+  key: Key, first_step: int | Array, *, num_steps: int, batch_size: int, num_examples: int
+) -> Array:
+  """Return which examples the steps read if every batch is drawn anew, each example with replacement.
+
+  The sampling that theories of stochastic gradients assume: batches of different steps are independent, and there are no epochs.
+  Arguments and result as of `segment_indices`; step t depends on `fold_in(key, t)` alone.
+  """
+
+  def draw(step: Array) -> Array:
+    return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, num_examples, jnp.int32)
+
+  return jax.vmap(draw)(first_step + jnp.arange(num_steps, dtype=jnp.int32))
+
+
 def _divmod_product(step: int | Array, factor: int, modulus: int) -> tuple[Array, Array]:
   """Return `divmod(step * factor, modulus)` in 32 bits though the product may need 62.
 

@@ -4,13 +4,14 @@ from bsjax.train.evaluate import Chunked, chunked, evaluate
 from bsjax.train.pool import num_lanes, run_trials
 from bsjax.train.segment import build_segment, device_arrays, make_mesh, rows_per_segment
 from bsjax.train.state import ORDER_STREAM, PROBE_STREAM, TrainState, init_state, stream
-from bsjax.train.step import make_step
+from bsjax.train.step import StepLog, make_logged_step, make_step
 from bsjax.train.trial import Trial, TrialConfig, make_trial
 
 __all__ = [
   "ORDER_STREAM",
   "PROBE_STREAM",
   "Chunked",
+  "StepLog",
   "TrainState",
   "Trial",
   "TrialConfig",
@@ -19,6 +20,7 @@ __all__ = [
   "device_arrays",
   "evaluate",
   "init_state",
+  "make_logged_step",
   "make_mesh",
   "make_step",
   "make_trial",

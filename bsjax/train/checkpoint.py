@@ -12,10 +12,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bsjax.records import RecordError
+from bsjax.records import RecordError, read_record
 from bsjax.train.state import TrainState
+from bsjax.train.trial import TrialConfig
 
 KEPT = 2
+FINAL = "final"
+"""The folder in a trial's directory that holds its last state."""
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
@@ -70,3 +73,37 @@ def restore_checkpoint(folder: Path, like: TrainState) -> tuple[TrainState, list
   if numbers:
     raise RecordError(f"no whole checkpoint in {folder}: delete that folder to compute its trials anew")
   return None
+
+
+def save_final(trial_folder: Path, state: TrainState) -> None:
+  """Leaves a trial's last state in its directory, for trials that start from it."""
+  save_checkpoint(trial_folder / FINAL, state, [])
+
+
+def restore_final(folder: Path, config: TrialConfig, like: TrainState) -> TrainState:
+  """Reads the last state of the trial `config.parent` in `folder`, as host arrays.
+
+  Raises:
+    RecordError: the parent is missing, not complete, or its state is missing or damaged.
+    ValueError: the parent is of another workload or optimizer than `config`.
+  """
+  parent = folder / config.parent
+  if not (parent / "status.json").exists():
+    raise RecordError(f"there is no parent trial {parent}: run it before its children, with keep_final")
+  record = read_record(parent)
+  if record.status["state"] != "complete":
+    raise RecordError(
+      f"parent trial {parent} is {record.status['state']}: only the end of a complete one can be a start"
+    )
+  for name in ("workload", "optimizer"):
+    if (theirs := record.trial["config"][name]) != (ours := getattr(config, name)):
+      raise ValueError(f"parent trial {parent} has {name}={theirs!r}, its child {ours!r}: they must agree")
+  try:
+    found = restore_checkpoint(parent / FINAL, like)
+  except RecordError:
+    found = None
+  if found is None:
+    raise RecordError(
+      f"{parent / FINAL} holds no whole state: delete the folder {parent} and run that trial again with keep_final"
+    )
+  return found[0]

@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from bsjax.records import append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
-from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
+from bsjax.train.checkpoint import restore_checkpoint, restore_final, save_checkpoint, save_final
 from bsjax.train.evaluate import chunked
 from bsjax.train.segment import Rows, build_segment, device_arrays, everywhere, lane_sharding, rows_per_segment
-from bsjax.train.state import TrainState, init_state
+from bsjax.train.state import TrainState, branch_state, init_state
 from bsjax.train.trial import Trial, TrialConfig
 from bsjax.types import Array, Hparams
 from bsjax.workloads import Workload, num_params
@@ -99,8 +99,13 @@ def run_trials(
   provenance: dict[str, Any] | None = None,
   on_progress: Callable[[int], None] = lambda steps: None,
   checkpoint_seconds: float = 20.0,
+  keep_final: bool = False,
 ) -> None:
   """Trains every trial that is not finished and writes its directory `<folder>/<trial id>/`.
+
+  A trial with a `parent` starts from that trial's last parameters, model state and optimizer state, at step 0: its schedule
+  begins anew and its order of examples is that of its own seed. The parent lies in the same folder, complete, and was run
+  with `keep_final`.
 
   Args:
     trials: of one config; duplicates are run once.
@@ -109,6 +114,11 @@ def run_trials(
     provenance: written in every `trial.json` (kind, code revision, versions, device, command).
     on_progress: called with the number of trial-steps that were just settled (trained, skipped or given up).
     checkpoint_seconds: at most about this much work is lost to a kill.
+    keep_final: leave the last state of each trial that completes in `<folder>/<trial id>/final/`, for trials to start from.
+
+  Raises:
+    ValueError: the trials' configs differ; or the parent is of another workload or optimizer.
+    RecordError: a damaged file, or a parent that is missing, not complete, or without a whole final state.
 
   Holds: a rerun after a kill continues from the last checkpoint and gives bitwise the records of an uninterrupted run;
   a diverged trial takes no further segment and never touches another.
@@ -125,7 +135,7 @@ def run_trials(
   segment = build_segment(workload, config, lanes, mesh)
   train = device_arrays(workload.train.arrays, mesh)
   validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
-  pool = _Pool(workload, config, folder, lanes, mesh, provenance or {}, probe, on_progress)
+  pool = _Pool(workload, config, folder, lanes, mesh, provenance or {}, probe, on_progress, keep_final)
   checkpoints = folder / "checkpoints" / trial_id(trials[0].description["config"])
   pool.restore(checkpoints, waiting)
   saved = time.monotonic()
@@ -166,13 +176,15 @@ class _Pool:
     provenance: dict[str, Any],
     probe: Probe | None,
     on_progress: Callable[[int], None],
+    keep_final: bool,
   ) -> None:
-    self.config, self.folder, self.provenance, self.probe, self.on_progress = (
+    self.config, self.folder, self.provenance, self.probe, self.on_progress, self.keep_final = (
       config,
       folder,
       provenance,
       probe,
       on_progress,
+      keep_final,
     )
     self._init = _init(workload, config.optimizer)
     self.lanes: list[_Lane | None] = [None] * lanes
@@ -180,6 +192,7 @@ class _Pool:
     idle = Hparams(*(jnp.zeros(lanes, jnp.float32) for _ in Hparams._fields)), jnp.zeros(lanes, jnp.uint32)
     self.hparams, self.seeds = jax.device_put(idle, self.sharding)
     shapes = jax.eval_shape(self._init, self._one_hparams(Hparams(0.0)), jnp.uint32(0))
+    self.start = branch_state(restore_final(folder, config, like=shapes)) if config.parent else None
     self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype), shapes)
     blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes)
     self.states = jax.device_put(blank, self.sharding)
@@ -255,6 +268,7 @@ class _Pool:
             "train_loss": host.train_loss[index, row],
             "minibatch_loss": host.minibatch_loss[index, row],
             **{f"validation_{name}": values[index, row] for name, values in host.validation.items()},
+            **{name: values[index, row] for name, values in host.noise.items()},
           }
         )
       append_rows(self.folder / lane.trial.id / METRICS, out)
@@ -274,6 +288,8 @@ class _Pool:
         self._measure(index, lane)
       if lane.diverged_at is None and lane.step < self.config.num_steps:
         continue
+      if self.keep_final and lane.diverged_at is None:
+        save_final(folder, _take(self.states, index))
       set_status(
         folder,
         "complete" if lane.diverged_at is None else "diverged",
@@ -286,7 +302,10 @@ class _Pool:
       if self.lanes[index] is None and waiting:
         trial = waiting.pop(0)
         create_trial(self.folder / trial.id, {"id": trial.id} | trial.description | self.provenance)
-        self._seat(index, trial, self._init(self._one_hparams(trial.hparams), jnp.uint32(trial.seed)), 0)
+        start = self.start
+        if start is None:
+          start = self._init(self._one_hparams(trial.hparams), jnp.uint32(trial.seed))
+        self._seat(index, trial, start, 0)
         if 0 in self.config.probe_steps:
           self._measure(index, self.lanes[index])
 

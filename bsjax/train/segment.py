@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bsjax.data import segment_indices
+from bsjax.data import independent_indices, segment_indices
 from bsjax.train.evaluate import Chunked, evaluate
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, stream
-from bsjax.train.step import make_step
+from bsjax.train.step import NOISE_COLUMNS, StepLog, make_logged_step, row_noise
 from bsjax.train.trial import TrialConfig
 from bsjax.types import Array, Batch, Hparams
 from bsjax.workloads import Workload
@@ -28,13 +28,15 @@ class Rows(NamedTuple):
 
   `train_loss` is the mean over the minibatches since the row before, `minibatch_loss` that of the last one, both
   before their updates; `validation` holds the metrics after them; `first_nonfinite` i32 counts the steps of the row
-  up to and including the first with a non-finite loss, 0 if there is none.
+  up to and including the first with a non-finite loss, 0 if there is none. `noise` is empty without a `noise_route`; else
+  `small_sq_norm` and `big_sq_norm` are means over those `noise_steps` (i32) of the row that the config asks for.
   """
 
   train_loss: Array
   minibatch_loss: Array
   first_nonfinite: Array
   validation: Mapping[str, Array]
+  noise: Mapping[str, Array]
 
 
 def make_mesh(*, trial: int = 1, data: int | None = None) -> Mesh:
@@ -63,10 +65,13 @@ def build_segment(
 ) -> Callable[..., tuple[TrainState, Rows]]:
   """Builds the program of `_build`, or hands out the one built before.
 
-  What the program does not read is left out of the key: probes always, and under a constant rate the number of steps,
-  so that trials of both budgets and with or without probes share one compilation.
+  What the program does not read is left out of the key: probes and parent always, and under a constant rate the number of
+  steps, so that trials of both budgets, with or without probes and from any start share one compilation.
+
+  Raises:
+    ValueError: as `make_logged_step`, before anything is traced.
   """
-  config = dataclasses.replace(config, probes=(), probe_steps=())
+  config = dataclasses.replace(config, probes=(), probe_steps=(), parent="")
   if config.schedule == "constant" and config.warmup_steps == 0:
     config = dataclasses.replace(config, num_steps=config.eval_every)
   return _build(workload, config, lanes, mesh)
@@ -82,11 +87,14 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
 
   Holds: a lane's numbers depend on its own trial only, bitwise; one program per (workload, config, lanes, mesh).
   With a "data" axis that divides the batch size each batch is spread over it; sums over the batch then cross devices and
-  losses agree with one device to rounding. With one lane nothing is vmapped.
+  losses agree with one device to rounding. With one lane nothing is vmapped. Norms of gradients cost nothing in steps that do
+  not log them, except under vmap, where every step computes them.
   """
-  step = make_step(workload, config)
+  step = make_logged_step(workload, config, mesh)
   rows_max, inner = rows_per_segment(config), config.eval_every
-  spread = mesh.shape["data"] > 1 and config.batch_size % mesh.shape["data"] == 0
+  # an accumulating step spreads its microbatches itself
+  accumulates = bool(config.microbatch_size) and config.noise_route != "device"
+  spread = mesh.shape["data"] > 1 and config.batch_size % mesh.shape["data"] == 0 and not accumulates
   data_sharding = NamedSharding(mesh, P("data"))
 
   def gather(train: Batch, index: Array) -> Batch:
@@ -98,21 +106,22 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
   ) -> tuple[TrainState, Rows]:
     order_key, loss_key = stream(seed, ORDER_STREAM), stream(seed, LOSS_STREAM)
     num_examples = len(next(iter(train.values())))
-    indices = segment_indices(
+    draw_indices = independent_indices if config.with_replacement else segment_indices
+    indices = draw_indices(
       order_key, state.step, num_steps=rows_max * inner, batch_size=config.batch_size, num_examples=num_examples
     ).reshape(rows_max, inner, config.batch_size)
 
-    def one_step(state: TrainState, index: Array) -> tuple[TrainState, Array]:
+    def one_step(state: TrainState, index: Array) -> tuple[TrainState, StepLog]:
       return step(state, hparams, gather(train, index), loss_key)
 
     def one_row(row: Array, carry: tuple[TrainState, Rows]) -> tuple[TrainState, Rows]:
       state, rows = carry
-      state, losses = jax.lax.scan(one_step, state, indices[row])
+      state, (losses, noise) = jax.lax.scan(one_step, state, indices[row])
       metrics = evaluate(workload.example_metrics, state.params, state.model_state, validation)
       bad = ~jnp.isfinite(losses)
       bad_at_end = ~jnp.isfinite(metrics["loss"])
       first = jnp.where(jnp.any(bad), jnp.argmax(bad) + 1, jnp.where(bad_at_end, inner, 0))
-      new = Rows(jnp.mean(losses), losses[-1], first.astype(jnp.int32), metrics)
+      new = Rows(jnp.mean(losses), losses[-1], first.astype(jnp.int32), metrics, row_noise(noise))
       return state, jax.tree.map(lambda buffer, value: buffer.at[row].set(value), rows, new)
 
     metrics_shape = jax.eval_shape(
@@ -123,6 +132,7 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
       jnp.zeros(rows_max),
       jnp.zeros(rows_max, jnp.int32),
       jax.tree.map(lambda leaf: jnp.zeros(rows_max, leaf.dtype), metrics_shape),
+      {name: jnp.zeros(rows_max, dtype) for name, dtype in NOISE_COLUMNS.items() if config.noise_route},
     )
     return jax.lax.fori_loop(0, num_rows, one_row, (state, blank))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bsjax.optim import make_optimizer, make_schedule
 from bsjax.types import Array, Hparams, Key, ModelState, Params
@@ -39,4 +40,22 @@ def init_state(workload: Workload, optimizer: str, hparams: Hparams, seed: Array
     params=variables.params,
     model_state=variables.model_state,
     opt_state=make_optimizer(optimizer, hparams, schedule).init(variables.params),
+  )
+
+
+def branch_state(state: TrainState) -> TrainState:
+  """Makes the state before the first step of a trial that starts where another ended.
+
+  Step and schedule begin anew. Momentum and Adam's moments go on, with the count that corrects their bias.
+  """
+
+  def restart(node: Any) -> Any:
+    return node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, optax.ScaleByScheduleState) else node
+
+  is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+  return TrainState(
+    step=jnp.zeros_like(state.step),
+    params=state.params,
+    model_state=state.model_state,
+    opt_state=jax.tree.map(restart, state.opt_state, is_leaf=is_schedule),
   )

@@ -3,11 +3,16 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bsjax.optim import OPTIMIZERS, SCHEDULES
 from bsjax.records import trial_id
 from bsjax.types import Hparams
+
+NoiseRoute = Literal["", "microbatch", "device"]
+NOISE_ROUTES = ("", "microbatch", "device")
+ADDED_FIELDS = ("noise_route", "noise_every", "microbatch_size", "parent", "with_replacement")
+"""Fields that `Trial.description` leaves out at their defaults, so that trials from before they existed keep their ids."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,12 @@ class TrialConfig:
     eval_every: steps between evaluations on the validation set, each of which writes one row.
     probes: names of the measurements made at `probe_steps`.
     probe_steps: ascending multiples of `eval_every` from 0 to `num_steps`.
+    microbatch_size: examples per gradient, which are averaged over the batch; it divides `batch_size`. 0: the whole batch.
+    noise_route: how the squared norms of the gradients of microbatches and batch are logged in every row, if at all.
+      "microbatch" accumulates one microbatch after the other; "device" puts one on each device of the mesh axis "data".
+    noise_every: steps between those that are logged, from the first step on.
+    with_replacement: draw every batch independently; False: epoch after epoch, each in a fresh order.
+    parent: id of the trial whose final parameters and optimizer state are the start; "" for a fresh start.
   """
 
   workload: str
@@ -31,6 +42,11 @@ class TrialConfig:
   warmup_steps: int = 0
   probes: tuple[str, ...] = ()
   probe_steps: tuple[int, ...] = ()
+  microbatch_size: int = 0
+  noise_route: NoiseRoute = ""
+  noise_every: int = 0
+  parent: str = ""
+  with_replacement: bool = False
 
   def __post_init__(self) -> None:
     for name in ("batch_size", "num_steps", "eval_every"):
@@ -43,6 +59,22 @@ class TrialConfig:
     for step in (self.num_steps, *self.probe_steps):
       if step % self.eval_every or not 0 <= step <= self.num_steps:
         raise ValueError(f"step {step} is not a multiple of eval_every={self.eval_every} in 0..{self.num_steps}")
+    size = self.microbatch_size
+    if size < 0 or (size and self.batch_size % size):
+      raise ValueError(
+        f"microbatch_size={size} does not divide batch_size={self.batch_size}: use a divisor, or 0 for none"
+      )
+    if self.noise_route not in NOISE_ROUTES:
+      raise ValueError(f"noise_route={self.noise_route!r} is unknown: use one of {', '.join(map(repr, NOISE_ROUTES))}")
+    if self.noise_every < 0 or bool(self.noise_route) != bool(self.noise_every):
+      raise ValueError(
+        f"noise_route={self.noise_route!r} with noise_every={self.noise_every}: set both, a route and a number from 1, or neither"
+      )
+    if self.noise_route and size in (0, self.batch_size):
+      raise ValueError(
+        f"noise_route={self.noise_route!r} compares microbatches with the batch of {self.batch_size}, got "
+        f"microbatch_size={size}: use a smaller divisor of the batch"
+      )
 
 
 class Trial(NamedTuple):
@@ -59,6 +91,7 @@ class Trial(NamedTuple):
       "probes": list(self.config.probes),
       "probe_steps": list(self.config.probe_steps),
     }
+    config = {name: value for name, value in config.items() if value or name not in ADDED_FIELDS}
     return {"config": config, "hparams": self.hparams._asdict(), "seed": self.seed}
 
   @property

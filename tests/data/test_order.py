@@ -53,6 +53,19 @@ def test_reads_each_example_once_per_epoch_and_reshuffles():
   assert len({tuple(epoch) for epoch in epochs}) == 6  # two alike: chance 15 / 10!, and the key is fixed
 
 
+def test_independent_batches():
+  draw = functools.partial(order.independent_indices, KEY, batch_size=50, num_examples=10)
+  whole = np.asarray(draw(0, num_steps=40))
+  assert whole.shape == (40, 50)
+  np.testing.assert_array_equal(draw(7, num_steps=3), whole[7:10])  # a step depends on its number alone
+  # 2,000 draws from 10 examples: each count is binomial with deviation 13.4; 5 of them.
+  counts = np.bincount(whole.ravel(), minlength=10)
+  assert len(counts) == 10
+  assert abs(counts - 200).max() < 67
+  # Pairs of successive steps agree at a place in 1 of 10 cases: 1,950 pairs, deviation 13.2.
+  assert abs((whole[1:] == whole[:-1]).sum() - 195) < 67
+
+
 def test_epoch_permutation_is_uniform():
   # Over M epochs, where example i lands is uniform on N places: each of the N^2 counts is binomial(M, 1/N). Bound: 5 standard
   # deviations, two-sided chance 6e-7 for each of 36 counts.

@@ -195,7 +195,7 @@ class _Stop(Exception):
   pass
 
 
-def interrupted(folder: Path, trials: list[Trial], after: int) -> None:
+def interrupted(folder: Path, trials: list[Trial], after: int, **options: object) -> None:
   """Runs until `after` trial-steps were reported, checkpointing all the time, and breaks off."""
   left = after
 
@@ -206,12 +206,15 @@ def interrupted(folder: Path, trials: list[Trial], after: int) -> None:
       raise _Stop
 
   with pytest.raises(_Stop):
-    run(folder, trials, on_progress=count, probe=norm_probe, checkpoint_seconds=0.0)
+    run(folder, trials, on_progress=count, probe=norm_probe, checkpoint_seconds=0.0, **options)
 
 
-@pytest.mark.parametrize("after", [1, 1000, 2500, 4000])
-def test_resume_gives_the_same_bits(tmp_path: Path, after: int) -> None:
-  config = dataclasses.replace(CONFIG, probes=("norm",), probe_steps=(0, 300, 600), optimizer="momentum")
+NOISE = {"microbatch_size": 2, "noise_route": "microbatch", "noise_every": 7}
+
+
+@pytest.mark.parametrize(("after", "options"), [(1, {}), (1000, {}), (2500, NOISE), (4000, {})])
+def test_resume_gives_the_same_bits(tmp_path: Path, after: int, options: dict) -> None:
+  config = dataclasses.replace(CONFIG, probes=("norm",), probe_steps=(0, 300, 600), optimizer="momentum", **options)
   trials = trials_of(config)
   run(tmp_path / "whole", trials, probe=norm_probe)
   interrupted(tmp_path / "parts", trials, after)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from bsjax.train import build_segment, chunked, device_arrays, evaluate, init_st
 from bsjax.train.segment import Rows
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState
 from bsjax.train.trial import TrialConfig
-from bsjax.types import Hparams
+from bsjax.types import Batch, Hparams
 from bsjax.workloads import Workload
 from bsjax.workloads.quadratic import SPECTRUM
 
@@ -43,12 +44,19 @@ def run_segment(
 
 
 def plain_loop(
-  workload: Workload, config: TrialConfig, rate: float, seed: int, num_steps: int
+  workload: Workload,
+  config: TrialConfig,
+  rate: float,
+  seed: int,
+  num_steps: int,
+  *,
+  start: TrainState | None = None,
+  look: Callable[[TrainState, Batch], None] = lambda state, batch: None,
 ) -> tuple[TrainState, list[float]]:
-  """The same training as an ordinary Python loop over a jitted step, batches picked on the host."""
+  """The same training as an ordinary Python loop over a jitted step, batches picked on the host; `look` sees each step's start."""
   hparams = hparams_of(rate)
   step = jax.jit(make_step(workload, config))
-  state = init_state(workload, config.optimizer, hparams, jnp.uint32(seed))
+  state = start if start is not None else init_state(workload, config.optimizer, hparams, jnp.uint32(seed))
   indices = np.asarray(
     segment_indices(
       stream(jnp.uint32(seed), ORDER_STREAM),
@@ -61,6 +69,7 @@ def plain_loop(
   losses = []
   for index in indices:
     batch = {name: array[index] for name, array in workload.train.arrays.items()}
+    look(state, batch)
     state, loss = step(state, hparams, batch, stream(jnp.uint32(seed), LOSS_STREAM))
     losses.append(float(loss))
   return state, losses
@@ -228,7 +237,7 @@ def test_mesh_that_does_not_fit_is_refused() -> None:
 
 
 ON_EIGHT_DEVICES = """
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, "tests/train")
 import jax, jax.numpy as jnp, numpy as np
 from problems import classifier
@@ -244,26 +253,69 @@ for kind in ("mlp", "mlp_bn", "cnn"):
     seeds = jnp.arange(8, dtype=jnp.uint32)
     hparams = jax.tree.map(lambda leaf: jnp.full(8, leaf), hparams_of(0.05))
     states = jax.vmap(lambda h, s: init_state(workload, "sgd", h, s))(hparams, seeds)
-    segment = build_segment(workload, config, 8, mesh)
     data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
-    _, rows = jax.block_until_ready(segment(states, hparams, seeds, jnp.int32(10), *data))
-    text = segment.lower(states, hparams, seeds, jnp.int32(10), *data).compile().as_text()
-    out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), "all-reduce" in text]
+    inputs = states, hparams, seeds, jnp.int32(10), *data
+    segment = build_segment(workload, config, 8, mesh).lower(*inputs).compile()
+    _, rows = jax.block_until_ready(segment(*inputs))
+    out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), "all-reduce" in segment.as_text()]
+
+def noise(config, shape):
+  mesh, workload = make_mesh(trial=shape[0], data=shape[1]), classifier("mlp")
+  seeds = jnp.arange(2, dtype=jnp.uint32)
+  hparams = jax.tree.map(lambda leaf: jnp.full(2, leaf), hparams_of(0.05))
+  states = jax.vmap(lambda h, s: init_state(workload, "sgd", h, s))(hparams, seeds)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  states, rows = jax.device_get(build_segment(workload, config, 2, mesh)(states, hparams, seeds, jnp.int32(4), *data))
+  bits = [leaf.tobytes().hex() for leaf in jax.tree.leaves((states, rows.train_loss))]
+  return {"noise": {name: value[:, :4].tolist() for name, value in rows.noise.items()}, "bits": bits}
+
+logged = TrialConfig("mlp", 16, 12, 3, microbatch_size=4, noise_route="device", noise_every=2)
+out["device"] = noise(logged, (2, 4))
+out["device, seldom"] = noise(dataclasses.replace(logged, noise_every=12), (2, 4))
+out["one device"] = noise(dataclasses.replace(logged, noise_route="microbatch"), (1, 1))
+out["spread"] = noise(dataclasses.replace(logged, noise_route="microbatch"), (2, 4))
+for size, shape in ((8, (2, 4)), (4, (8, 1))):
+  try:
+    noise(dataclasses.replace(logged, microbatch_size=size), shape)
+  except ValueError as error:
+    out[f"refused {size}"] = str(error)
 print(json.dumps(out))
 """
 
 
-def test_the_same_losses_on_one_device_and_on_eight() -> None:
+@pytest.fixture(scope="module")
+def on_eight_devices() -> dict:
   """Forced host devices, in a process of its own; NPROC as in conftest.py, or two cores would dead-lock."""
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "16"}
   command = ["timeout", "-s", "KILL", "240", sys.executable, "-c", ON_EIGHT_DEVICES]
   done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout)
+  return json.loads(done.stdout)
+
+
+def test_the_same_losses_on_one_device_and_on_eight(on_eight_devices: dict) -> None:
   for kind in ("mlp", "mlp_bn", "cnn"):
-    one = np.asarray(found[f"{kind} (1, 1)"][0])
+    one = np.asarray(on_eight_devices[f"{kind} (1, 1)"][0])
     assert np.isfinite(one).all()
     for shape in ("(1, 8)", "(2, 4)", "(8, 1)"):
-      losses, reduces = found[f"{kind} {shape}"]
+      losses, reduces = on_eight_devices[f"{kind} {shape}"]
       np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{kind} {shape}")
       assert reduces == (shape != "(8, 1)"), "a spread batch needs an all-reduce, spread trials need none"
+
+
+def test_noise_of_devices_is_that_of_microbatches(on_eight_devices: dict) -> None:
+  """One microbatch per device, one after the other on one device, and each spread over the devices: the same numbers."""
+  one = on_eight_devices["one device"]["noise"]
+  assert one["noise_steps"] == [[2, 1, 2, 1]] * 2
+  for route in ("device", "spread"):
+    found = on_eight_devices[route]["noise"]
+    assert found["noise_steps"] == one["noise_steps"]
+    for name in ("small_sq_norm", "big_sq_norm"):
+      # as the losses above: 12 steps of float32 training that round in another order, and squares of what they give
+      np.testing.assert_allclose(found[name], one[name], rtol=2e-5, err_msg=f"{route} {name}")
+  assert on_eight_devices["device"]["bits"] == on_eight_devices["device, seldom"]["bits"]
+
+
+def test_device_route_wants_one_device_per_microbatch(on_eight_devices: dict) -> None:
+  assert "puts 4 examples on each of 4 devices: set microbatch_size=4, it is 8" in on_eight_devices["refused 8"]
+  assert "the mesh has 1 devices on its axis 'data'" in on_eight_devices["refused 4"]
