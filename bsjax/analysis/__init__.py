@@ -3,10 +3,14 @@
 from bsjax.analysis.advice import Advice, advise
 from bsjax.analysis.claim import Claim, Finding
 from bsjax.analysis.claims import JUDGES, judge_all
+from bsjax.analysis.claims_estimators import judge_estimators_agree
+from bsjax.analysis.claims_gradient_noise import judge_layernorm_predicts_total, judge_noise_grows
 from bsjax.analysis.claims_noise import judge_direction_stable, judge_oscillation, judge_variance_inverse_b
 from bsjax.analysis.claims_rate import judge_linear_scaling, judge_throughput
+from bsjax.analysis.claims_temperature import judge_temperature
 from bsjax.analysis.claims_training import judge_flat_minima, judge_generalizes, judge_more_steps
 from bsjax.analysis.fits import bootstrap_critical_batch_size, bootstrap_slope, fit_steps, knee, loglog_slope
+from bsjax.analysis.measurements import measurements_table
 from bsjax.analysis.selection import BestRate, best_rate, steps_to_target
 from bsjax.analysis.table import results_table
 
@@ -23,15 +27,20 @@ __all__ = [
   "fit_steps",
   "judge_all",
   "judge_direction_stable",
+  "judge_estimators_agree",
   "judge_flat_minima",
   "judge_generalizes",
+  "judge_layernorm_predicts_total",
   "judge_linear_scaling",
   "judge_more_steps",
+  "judge_noise_grows",
   "judge_oscillation",
+  "judge_temperature",
   "judge_throughput",
   "judge_variance_inverse_b",
   "knee",
   "loglog_slope",
+  "measurements_table",
   "results_table",
   "steps_to_target",
 ]

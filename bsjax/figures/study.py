@@ -14,24 +14,11 @@ from matplotlib.lines import Line2D
 from bsjax.analysis import Finding
 from bsjax.analysis.claims_training import MAX_RESIDUAL
 from bsjax.figures import style
+from bsjax.figures.series import column, no_data, scalar
 from bsjax.records import write_atomically
 
 BATCH_SIZE = "batch size B (examples per update)"
 BUDGETS = (("epochs", style.BLUE, "o"), ("steps", style.VERMILION, "s"))
-
-
-def _column(finding: Finding, name: str, dtype: type = float) -> np.ndarray:
-  """Return a series as a flat array; a series that is absent is an empty one."""
-  return np.atleast_1d(np.asarray(finding.series.get(name, []), dtype=dtype)).ravel()
-
-
-def _scalar(finding: Finding, name: str) -> float:
-  """Return a 0-d series, NaN where it is absent."""
-  return float(np.asarray(finding.series.get(name, np.nan), dtype=float))
-
-
-def _no_data(question: str, finding: Finding) -> Figure:
-  return style.no_data_figure(question, finding.reading or "no complete trial measured this")
 
 
 def draw_variance_inverse_b(finding: Finding) -> Figure:
@@ -40,12 +27,12 @@ def draw_variance_inverse_b(finding: Finding) -> Figure:
   Left: measured variance at each checkpoint over sigma^2/B (dashed). Right: measured over predicted; 1 is exact agreement.
   """
   question = "Does the gradient's variance fall as 1/B?"
-  step, batch_size = _column(finding, "step"), _column(finding, "batch_size")
-  variance, sem, predicted = (_column(finding, name) for name in ("variance", "variance_sem", "predicted"))
+  step, batch_size = column(finding, "step"), column(finding, "batch_size")
+  variance, sem, predicted = (column(finding, name) for name in ("variance", "variance_sem", "predicted"))
   # Without replacement the full batch has no variance at all: nothing to show on a logarithmic axis.
   usable = (variance > 0) & (predicted > 0)
   if not usable.any():
-    return _no_data(question, finding)
+    return no_data(question, finding)
   step, batch_size, variance, sem, predicted = (array[usable] for array in (step, batch_size, variance, sem, predicted))
   figure, (left, right) = style.new_figure(question, num_panels=2)
   steps = np.unique(step)
@@ -83,10 +70,10 @@ def draw_variance_inverse_b(finding: Finding) -> Figure:
 def draw_direction_stable(finding: Finding) -> Figure:
   """Draw the cosine between minibatch and full gradient against batch size, over the noise scale's prediction."""
   question = "Do large batches point along the true gradient?"
-  step, batch_size = _column(finding, "step"), _column(finding, "batch_size")
-  cosine, sem, predicted = (_column(finding, name) for name in ("cosine", "cosine_sem", "predicted"))
+  step, batch_size = column(finding, "step"), column(finding, "batch_size")
+  cosine, sem, predicted = (column(finding, name) for name in ("cosine", "cosine_sem", "predicted"))
   if not np.isfinite(cosine).any():
-    return _no_data(question, finding)
+    return no_data(question, finding)
   figure, (axes,) = style.new_figure(question)
   steps = np.unique(step)
   for color, at in zip(style.shades(len(steps)), steps, strict=True):
@@ -112,10 +99,10 @@ def draw_direction_stable(finding: Finding) -> Figure:
 def draw_oscillation(finding: Finding) -> Figure:
   """Draw the spread of the minibatch loss around its trend, relative to it, against batch size, beside a few loss curves."""
   question = "Do small batches make the training loss oscillate more?"
-  batch_size, spread, sem = (_column(finding, name) for name in ("batch_size", "spread", "spread_sem"))
+  batch_size, spread, sem = (column(finding, name) for name in ("batch_size", "spread", "spread_sem"))
   usable = spread > 0
   if not usable.any():
-    return _no_data(question, finding)
+    return no_data(question, finding)
   batch_size, spread, sem = batch_size[usable], spread[usable], sem[usable]
   figure, (left, right) = style.new_figure(question, num_panels=2)
   order = np.argsort(batch_size)
@@ -137,7 +124,7 @@ def draw_oscillation(finding: Finding) -> Figure:
   style.describe(left, caption=caption, x_label=BATCH_SIZE, y_label="spread of the loss / its trend (fraction)")
 
   curve_batch_size, examples, loss, trend = (
-    _column(finding, f"curve_{name}") for name in ("batch_size", "examples", "loss", "trend")
+    column(finding, f"curve_{name}") for name in ("batch_size", "examples", "loss", "trend")
   )
   sizes = np.unique(curve_batch_size)
   for color, size in zip(style.shades(len(sizes)), sizes, strict=True):
@@ -166,10 +153,10 @@ def draw_more_steps(finding: Finding) -> Figure:
   A mean is drawn only where every seed reached the target: the mean of those that happened to arrive would flatter.
   """
   question = "How many more updates do small batches need?"
-  batch_size, steps = _column(finding, "batch_size"), _column(finding, "steps")
+  batch_size, steps = column(finding, "batch_size"), column(finding, "steps")
   reached = np.isfinite(steps)
   if not reached.any():
-    return _no_data(question, finding)
+    return no_data(question, finding)
   figure, (axes,) = style.new_figure(question)
   always = np.isin(batch_size, np.unique(batch_size[~reached]), invert=True)
   axes.plot(batch_size[reached], steps[reached], "o", color=style.BLUE, alpha=0.3, markersize=4, markeredgewidth=0)
@@ -177,14 +164,14 @@ def draw_more_steps(finding: Finding) -> Figure:
   mean_label = "geometric mean over seeds ± standard error"
   axes.errorbar(unique, means, yerr=bars, fmt="o", color=style.BLUE, markersize=5.5, capsize=2.5, label=mean_label)
   fit_batch_size, fit, perfect, low, high = (
-    _column(finding, name) for name in ("fit_batch_size", "fit_steps", "perfect_steps", "fit_low", "fit_high")
+    column(finding, name) for name in ("fit_batch_size", "fit_steps", "perfect_steps", "fit_low", "fit_high")
   )
   if len(fit_batch_size):
     order = np.argsort(fit_batch_size)
     if np.isfinite(low).any():
       axes.fill_between(fit_batch_size[order], low[order], high[order], color=style.BLUE, alpha=0.15, linewidth=0)
     if np.isfinite(fit).any():
-      s_min = _scalar(finding, "s_min")
+      s_min = scalar(finding, "s_min")
       formula = "fit: S = S$_{min}$ (1 + B$_{crit}$/B)" + (
         f", S$_{{min}}$ = {s_min:,.3g}" if np.isfinite(s_min) else ""
       )
@@ -210,7 +197,7 @@ def draw_more_steps(finding: Finding) -> Figure:
 
 def _mark_critical_batch_size(axes: Axes, finding: Finding) -> None:
   """Shade the interval of B_crit and draw its value; keep the axis's limits, whatever the interval."""
-  critical, low, high = (_scalar(finding, f"critical_{name}") for name in ("batch_size", "low", "high"))
+  critical, low, high = (scalar(finding, f"critical_{name}") for name in ("batch_size", "low", "high"))
   limits = axes.get_xlim()
   if np.isfinite(low):
     shaded = (max(low, limits[0]), min(high, limits[1]) if np.isfinite(high) else limits[1])
@@ -248,7 +235,7 @@ def _mark_never(axes: Axes, batch_sizes: np.ndarray) -> None:
 def draw_generalizes(finding: Finding) -> Figure:
   """Draw test accuracy against batch size, at equal epochs and at equal steps."""
   question = "Do small batches generalise better?"
-  accuracy = _column(finding, "test_accuracy")
+  accuracy = column(finding, "test_accuracy")
   return _draw_two_budgets(question, finding, accuracy, y_label="test accuracy (fraction correct)")
 
 
@@ -258,7 +245,7 @@ def draw_flat_minima(finding: Finding) -> Figure:
   Eigenvalues that the judge leaves out, because Lanczos has not converged, are crosses and enter no mean; a negative one has no place
   on a logarithmic axis and is counted only.
   """
-  sharpness, residual = _column(finding, "sharpness"), _column(finding, "residual")
+  sharpness, residual = column(finding, "sharpness"), column(finding, "residual")
   converged = (sharpness > 0) & (residual <= MAX_RESIDUAL * sharpness)
   return _draw_two_budgets(
     "Do small batches end in flatter minima?",
@@ -288,10 +275,10 @@ def _draw_two_budgets(
   remark: str = "",
 ) -> Figure:
   """Draw one value per trial, by budget; with `left_out` (crosses, NaN = none) the axis is logarithmic and the mean geometric."""
-  budget, batch_size = _column(finding, "budget", str), _column(finding, "batch_size")
+  budget, batch_size = column(finding, "budget", str), column(finding, "batch_size")
   crossed = np.isfinite(left_out) if left_out is not None else np.zeros(len(values), bool)
   if not np.isfinite(values).any() and not crossed.any():
-    return _no_data(question, finding)
+    return no_data(question, finding)
   figure, (axes,) = style.new_figure(question)
   logarithmic = left_out is not None
   mean = "geometric mean" if logarithmic else "mean"
@@ -324,10 +311,10 @@ def draw_throughput(finding: Finding) -> Figure:
   """Draw examples per second and time per step against batch size: repeats, medians, linear growth and the knee."""
   question = "How far do examples per second grow with the batch?"
   batch_size, rate, seconds = (
-    _column(finding, name) for name in ("batch_size", "examples_per_second", "seconds_per_step")
+    column(finding, name) for name in ("batch_size", "examples_per_second", "seconds_per_step")
   )
   if not np.any(rate > 0):
-    return _no_data(question, finding)
+    return no_data(question, finding)
   figure, (left, right) = style.new_figure(question, num_panels=2)
   unique = np.unique(batch_size)
   for axes, values in ((left, rate), (right, seconds * 1e3)):
@@ -337,7 +324,7 @@ def draw_throughput(finding: Finding) -> Figure:
     axes.set_ylim(values.min() / 1.8, values.max() * 1.8)
     linear = medians[0] * unique / unique[0] if axes is left else np.full(len(unique), medians[0])
     style.draw_theory(axes, unique, linear, label="linear growth: every step takes equally long")
-  knee = _scalar(finding, "knee")
+  knee = scalar(finding, "knee")
   for axes in (left, right):
     style.batch_size_axis(axes, batch_size)
     if np.isfinite(knee):
@@ -356,17 +343,17 @@ def draw_linear_scaling(finding: Finding) -> Figure:
   """Draw the tuned learning rate against batch size over the whole grid, beside the linear and square-root rules."""
   question = "Does the best learning rate grow in proportion to B?"
   batch_size, rate, edge = (
-    _column(finding, "batch_size"),
-    _column(finding, "learning_rate"),
-    _column(finding, "edge", bool),
+    column(finding, "batch_size"),
+    column(finding, "learning_rate"),
+    column(finding, "edge", bool),
   )
   grid_batch_size, grid_rate, score = (
-    _column(finding, f"grid_{name}") for name in ("batch_size", "learning_rate", "score")
+    column(finding, f"grid_{name}") for name in ("batch_size", "learning_rate", "score")
   )
   if not np.any(rate > 0) and not np.any(grid_rate > 0):
-    return _no_data(question, finding)
+    return no_data(question, finding)
   figure, (axes,) = style.new_figure(question)
-  slope = _scalar(finding, "slope")
+  slope = scalar(finding, "slope")
   label = "best rate" + (f" (slope {slope:.2f} in log-log)" if np.isfinite(slope) else "")
   axes.plot(batch_size[~edge], rate[~edge], "o", color=style.INK, markersize=8, zorder=5, label=label)
   if edge.any():
@@ -374,13 +361,13 @@ def draw_linear_scaling(finding: Finding) -> Figure:
     axes.plot(
       batch_size[edge], rate[edge], "o", mfc="white", mec=style.INK, mew=1.6, markersize=8, zorder=5, label=hollow
     )
-  rule_batch_size = _column(finding, "rule_batch_size")
+  rule_batch_size = column(finding, "rule_batch_size")
   if len(rule_batch_size):
     style.draw_theory(
-      axes, rule_batch_size, _column(finding, "linear"), label="linear rule: rate ∝ B", color=style.VERMILION
+      axes, rule_batch_size, column(finding, "linear"), label="linear rule: rate ∝ B", color=style.VERMILION
     )
     style.draw_theory(
-      axes, rule_batch_size, _column(finding, "sqrt"), label="square-root rule: rate ∝ √B", color=style.GREEN, style=":"
+      axes, rule_batch_size, column(finding, "sqrt"), label="square-root rule: rate ∝ √B", color=style.GREEN, style=":"
     )
   _draw_grid(figure, axes, grid_batch_size, grid_rate, score)
   style.batch_size_axis(axes, np.concatenate([batch_size, grid_batch_size]))

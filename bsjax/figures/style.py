@@ -80,6 +80,16 @@ def log_axis(axes: Axes) -> None:
   axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def symlog_axis(axes: Axes, values: np.ndarray) -> None:
+  """Make x logarithmic from the first checkpoint after the start on, and linear from 0 to there, so that the start has a place."""
+  positive = values[values > 0]
+  if len(positive):
+    axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.8)
+    axes.set_xlim(-0.15 * positive.min(), positive.max() * 1.3)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+  axes.xaxis.set_minor_locator(NullLocator())
+
+
 def format_tick(value: float) -> str:
   """Format a tick as people write it: 32, 4,096, 0.05, and powers of ten beyond ten million or below a thousandth.
 

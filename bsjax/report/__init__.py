@@ -1,4 +1,9 @@
 """The report: claims and figures on one self-contained page, with the machine-readable files beside it."""
 
-from bsjax.report.page import render_report as render_report
-from bsjax.report.page import write_report as write_report
+from bsjax.report.batch_size import render_report as render_report
+from bsjax.report.batch_size import write_report as write_report
+from bsjax.report.experiment import Page as Page
+from bsjax.report.experiment import Table as Table
+from bsjax.report.experiment import render_experiment as render_experiment
+from bsjax.report.experiment import write_experiment as write_experiment
+from bsjax.report.noise import noise_page as noise_page

@@ -10,7 +10,8 @@ import pytest
 from matplotlib import pyplot
 
 from bsjax.analysis import Finding, judge_all
-from bsjax.figures import FIGURES, save_figure, style
+from bsjax.figures import save_figure, style
+from bsjax.figures.study import FIGURES
 from tests.report.example import B_CRIT, S_MIN, make_claim, make_findings
 
 CLAIM_IDS = [

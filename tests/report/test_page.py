@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+import bsjax.report.batch_size
 import bsjax.report.page
 from bsjax.analysis import Claim, advise, judge_all
 from bsjax.report import render_report, write_report
@@ -354,7 +355,7 @@ def test_a_failure_leaves_the_old_report_whole(written, monkeypatch):
   def fail(**_):
     raise RuntimeError("stopped")
 
-  monkeypatch.setattr(bsjax.report.page, "render_report", fail)
+  monkeypatch.setattr(bsjax.report.batch_size, "render_report", fail)
   with pytest.raises(RuntimeError, match="stopped"):
     _write(written, study=make_study(workload="other"))
   assert {path: path.read_bytes() for path in written.rglob("*") if path.is_file()} == before
