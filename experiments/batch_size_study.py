@@ -19,6 +19,7 @@ from bsjax.optim import OPTIMIZERS, SCALING_RULES, SCHEDULES
 from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_plan, run_command, run_study
 from bsjax.study.command import use_compilation_cache
+from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import WORKLOADS, load_workload, workload_settings
 
@@ -62,6 +63,7 @@ def prepare(
   if smoke:
     sizes = loaded.preset.batch_sizes
     overrides = {"batch_sizes": (sizes[0], sizes[len(sizes) // 2], sizes[-1])} | SMOKE | _given(overrides)
+  check_example_loss(loaded)
   plan = make_plan(loaded, **overrides)
   mesh = make_mesh(trial=trial_devices)
   out = Path(out)

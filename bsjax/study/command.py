@@ -68,30 +68,37 @@ def code_revision() -> str:
   return commit + ("+changes" if status.stdout.strip() else "")
 
 
-def _help(documentation: str, module: str) -> str:
+def _help(documentation: str, module: str, flag_values: flags.FlagValues) -> str:
   lines = [documentation.strip(), "", "flags:"]
-  for flag in flags.FLAGS.get_key_flags_for_module(module):
+  for flag in flag_values.get_key_flags_for_module(module):
     default = f" ({flag.default_as_str})" if flag.default is not None else ""
     lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
   return "\n".join(lines)
 
 
-def run_command(prepare: Callable[[], Callable[[], Path]], *, documentation: str, module: str) -> int:
+def run_command(
+  prepare: Callable[[], Callable[[], Path]],
+  *,
+  documentation: str,
+  module: str,
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> int:
   """Parses the flags, runs an experiment, and returns the exit code.
 
   Args:
     prepare: reads the flags and checks everything that can be wrong with them; returns the run itself.
     documentation: what `--help` shows above the flags.
     module: whose flags `--help` lists.
+    flag_values: where they are defined; of its own, so that two experiments may be imported into one process.
 
   A `ValueError` of `prepare`, and a `RecordError` of either, is the user's to mend: one line on standard error and
   exit code 2. Anything else is ours and keeps its traceback.
   """
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-    print(_help(documentation, module))
+    print(_help(documentation, module, flag_values))
     return 0
   try:
-    extra = flags.FLAGS(sys.argv)[1:]
+    extra = flag_values(sys.argv)[1:]
     if extra:
       raise ValueError(f"unexpected argument {extra[0]!r}: flags are written --name=value; --help lists them")
     run = prepare()

@@ -13,31 +13,25 @@ from bsjax.probes import (
   GradientMoments,
   LossFn,
   TopEigenvalue,
+  finite_moments,
+  flat_row,
   gradient_moments,
   hessian_vector_product,
   minibatch_statistics,
-  noise_statistics,
+  noise_of,
   top_eigenvalue,
 )
+from bsjax.study.measure_noise import NOISE_CHUNK, check_example_loss
 from bsjax.train import PROBE_STREAM, TrainState, Trial, chunked, evaluate, stream
 from bsjax.types import Array, Batch, Key, ModelState, Params
-from bsjax.workloads import Workload, num_params
+from bsjax.workloads import Workload
 
-MOST_GRADIENT_NUMBERS = 4e9
-"""Exact gradient noise reads every per-example gradient, N P numbers; above this the first examples alone are the population."""
-CHUNK_NUMBERS = 4e6
-"""Numbers of per-example gradients held at once."""
 HESSIAN_EXAMPLES, HESSIAN_CHUNK = 10_000, 1024
 """The Hessian is that of the mean loss over the first training examples, at most so many, taken so many at a time."""
 FEWEST_MINIBATCHES, MOST_MINIBATCHES, MINIBATCH_EXAMPLES = 64, 1024, 4096
 """Minibatches sampled per batch size and checkpoint: as many as hold `MINIBATCH_EXAMPLES` between these bounds. Late in training single
 examples' gradients are heavy-tailed, and 64 of them say little about their variance."""
 LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
-
-
-def noise_population(workload: Workload) -> int:
-  """Counts the training examples over which gradient noise is exact: all, or the first as `MOST_GRADIENT_NUMBERS` allows."""
-  return int(min(len(workload.train), max(256, MOST_GRADIENT_NUMBERS // num_params(workload))))
 
 
 class Measurements:
@@ -48,9 +42,9 @@ class Measurements:
   """
 
   def __init__(self, workload: Workload, batch_sizes: tuple[int, ...]) -> None:
+    check_example_loss(workload)
     self.workload, self.batch_sizes = workload, batch_sizes
-    self.noise_examples = noise_population(workload)
-    self.chunk_size = int(max(8, min(512, CHUNK_NUMBERS // num_params(workload))))
+    self.num_examples = len(workload.train)
     self.splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
     self._evaluate = jax.jit(functools.partial(evaluate, workload.example_metrics))
     self._moments = jax.jit(self._gradient_moments)
@@ -86,26 +80,26 @@ class Measurements:
     }
 
   def noise(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
-    """Measures the gradient noise exactly over the population, and that of sampled minibatches of every batch size.
+    """Measures the gradient noise exactly over the training set, and that of sampled minibatches of every batch size.
 
     Minibatches are drawn without replacement, as in training; which ones is a function of (seed, step).
     """
-    examples = self._first_examples(self.noise_examples)
-    moments = self._moments(state, examples)
-    yield {"probe": "noise", "step": int(state.step)} | noise_statistics(moments)._asdict()
+    examples = self._first_examples(self.num_examples)
+    moments, _ = finite_moments(functools.partial(self._moments, state.model_state), state.params, examples)
+    yield {"probe": "noise", "step": int(state.step)} | flat_row(noise_of(moments))
     draw = np.random.default_rng((trial.seed, int(state.step)))
     for batch_size in self.batch_sizes:
-      if batch_size > self.noise_examples:
+      if batch_size > self.num_examples:
         continue
       count = min(max(MINIBATCH_EXAMPLES // batch_size, FEWEST_MINIBATCHES), MOST_MINIBATCHES)
-      indices = np.stack([draw.permutation(self.noise_examples)[:batch_size] for _ in range(count)])
+      indices = np.stack([draw.permutation(self.num_examples)[:batch_size] for _ in range(count)])
       deviations, cosines = jax.device_get(self._minibatches(state, examples, indices, moments.mean_grad))
       yield {
         "probe": "minibatch",
         "step": int(state.step),
         "batch_size": batch_size,
         "num_samples": count,
-        "num_examples": self.noise_examples,
+        "num_examples": self.num_examples,
         "variance": np.mean(deviations, dtype=np.float64),
         "variance_sem": np.std(deviations, ddof=1, dtype=np.float64) / count**0.5,
         "cosine": np.mean(cosines, dtype=np.float64),
@@ -118,8 +112,8 @@ class Measurements:
   def _loss_fn(self, model_state: ModelState) -> LossFn:
     return lambda params, example: self.workload.example_loss(params, model_state, example)
 
-  def _gradient_moments(self, state: TrainState, examples: Batch) -> GradientMoments:
-    return gradient_moments(self._loss_fn(state.model_state), state.params, examples, chunk_size=self.chunk_size)
+  def _gradient_moments(self, model_state: ModelState, params: Params, examples: Batch) -> GradientMoments:
+    return gradient_moments(self._loss_fn(model_state), params, examples, chunk_size=NOISE_CHUNK)
 
   def _minibatch_statistics(
     self, state: TrainState, examples: Batch, indices: Array, mean_grad: Params

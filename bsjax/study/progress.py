@@ -6,7 +6,6 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from bsjax.study.measure import noise_population
 from bsjax.study.plan import Plan, make_config
 from bsjax.train import Trial, TrialConfig
 from bsjax.workloads import Workload, num_params
@@ -17,7 +16,7 @@ START_SECONDS, TIMING_SECONDS, MEASURING_SECONDS = 7.0, 3.0, 0.2
 """Compiling a batch size; timing one; measuring one finished trial."""
 EXPECTED_WIDENINGS = 1
 NOISE_CHECKPOINTS, NOISE_GRADIENTS = 12, 30
-"""Checkpoints of all seeds, and what one costs in gradients of its population: per-example gradients are written out in full."""
+"""Checkpoints of all seeds, and what one costs in gradients of the training set: most of it for minibatches of large batch sizes."""
 NOISE, TIMING = "gradient noise", "timing"
 
 
@@ -27,7 +26,7 @@ class Progress:
   def __init__(self, workload: Workload, plan: Plan) -> None:
     self._num_params, self._num_validation = num_params(workload), len(workload.validation)
     self._parts = {f"batch size {size}": self._forecast(workload, plan, size) for size in plan.batch_sizes}
-    noise_flops = NOISE_CHECKPOINTS * NOISE_GRADIENTS * 6 * self._num_params * noise_population(workload)
+    noise_flops = NOISE_CHECKPOINTS * NOISE_GRADIENTS * 6 * self._num_params * len(workload.train)
     self._parts |= {
       NOISE: START_SECONDS + noise_flops / FLOPS_PER_SECOND,
       TIMING: TIMING_SECONDS * len(plan.batch_sizes),

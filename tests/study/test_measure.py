@@ -83,13 +83,10 @@ def test_time_is_measured() -> None:
     np.testing.assert_allclose(row["examples_per_second"], 8 / row["seconds_per_step"])
 
 
-def test_noise_population_shrinks_for_big_models() -> None:
-  workload = load_workload("digits_mlp")
-  assert Measurements(workload, (1,)).noise_examples == 1024
-  big = dataclasses.replace(
-    workload, init=lambda key: workload.init(key)._replace(params={"w": jnp.zeros((2000, 4000))})
-  )
-  assert Measurements(big, (1,)).noise_examples == 500  # 4e9 numbers / 8e6 parameters
+def test_batch_norm_in_training_mode_is_refused() -> None:
+  workload = dataclasses.replace(load_workload("quadratic"), batch_norm="batch")
+  with pytest.raises(ValueError, match=r"batch_norm='batch'.*use batch_norm='running'"):
+    Measurements(workload, (1,))
 
 
 def test_unused_state_fields_do_not_matter() -> None:

@@ -1,0 +1,125 @@
+"""How large is the gradient noise of this training, and does it behave as theory says?
+
+  python -m experiments.noise_scale --workload=digits_mlp --out=runs/noise_scale
+
+Trains at several batch sizes and rates and measures along the way the noise scale (in total and for each layer), its
+Hessian and Adam forms, and how four estimators agree; then changes the temperature, rate / batch size, in the middle
+of training and back. Judges four claims: OUT/report.html, OUT/claims.json, OUT/results.csv. Run it again to continue
+after a kill. digits_mlp takes about 2 minutes on two CPU cores. Expected there: the noise scale grows tenfold and more.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from bsjax.optim import OPTIMIZERS
+from bsjax.records import lock_folder, open_folder
+from bsjax.study import describe_environment, make_noise_plan, run_command, run_noise_study
+from bsjax.study.command import use_compilation_cache
+from bsjax.train import make_mesh
+from bsjax.workloads import WORKLOADS, load_workload, workload_settings
+
+SMOKE = {"num_epochs": 1, "seeds": 2}
+
+_FLAGS = flags.FlagValues()
+_WORKLOAD = flags.DEFINE_string(
+  "workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+  "out", "runs/noise_scale", "folder for the results; new, empty, or to be continued", flag_values=_FLAGS
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=_FLAGS
+)
+_MANUAL_DIR = flags.DEFINE_string(
+  "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=_FLAGS
+)
+_BATCH_SIZES = flags.DEFINE_list(
+  "batch_sizes", None, "comma-separated; default: three of the workload's", flag_values=_FLAGS
+)
+_LEARNING_RATES = flags.DEFINE_list(
+  "learning_rates",
+  None,
+  "comma-separated, at every batch size; default: a rule's rate and its quarter",
+  flag_values=_FLAGS,
+)
+_NUM_EPOCHS = flags.DEFINE_float(
+  "num_epochs", None, "of each run, and of each of three stretches of the temperature test", flag_values=_FLAGS
+)
+_SEEDS = flags.DEFINE_integer("seeds", None, "of every run, at least 2", flag_values=_FLAGS)
+_OPTIMIZER = flags.DEFINE_enum("optimizer", "sgd", OPTIMIZERS, "sgd has no momentum", flag_values=_FLAGS)
+_MOMENTUM = flags.DEFINE_float("momentum", 0.9, "for optimizers that have it; also beta1", flag_values=_FLAGS)
+_TRIAL_DEVICES = flags.DEFINE_integer(
+  "trial_devices", 1, "devices across which trials are spread; the rest share batches", flag_values=_FLAGS
+)
+_SMOKE = flags.DEFINE_bool(
+  "smoke", False, "one batch size and a minute budget, to see that it works", flag_values=_FLAGS
+)
+
+
+def prepare(
+  workload: str,
+  out: str | Path,
+  *,
+  data_dir: str | None = None,
+  manual_dir: str | None = None,
+  smoke: bool = False,
+  trial_devices: int = 1,
+  **overrides: Any,
+) -> Callable[[], Path]:
+  """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  if smoke:
+    sizes = loaded.preset.batch_sizes
+    given = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {"batch_sizes": (sizes[len(sizes) // 2],)} | SMOKE | given
+  plan = make_noise_plan(loaded, **overrides)
+  mesh = make_mesh(trial=trial_devices)
+  out = Path(out)
+  open_folder(out, {"experiment": "noise_scale"} | workload_settings(workload) | plan.__dict__)
+
+  def run_all() -> Path:
+    with lock_folder(out):
+      return run_noise_study(loaded, plan, out, mesh=mesh, environment=describe_environment())
+
+  return run_all
+
+
+def run(workload: str = "digits_mlp", out: str | Path = "runs/noise_scale", **options: Any) -> Path:
+  """Runs the study from Python and returns the path of the report; options are named like the flags."""
+  return prepare(workload, out, **options)()
+
+
+def _numbers(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:
+  """Reads a list of numbers, each once, ascending."""
+  if texts is None:
+    return None
+  try:
+    return tuple(sorted({kind(text) for text in texts}))
+  except ValueError as error:
+    raise ValueError(f"--{name}={','.join(texts)}, wanted {wanted} separated by commas") from error
+
+
+def _prepare_from_flags() -> Callable[[], Path]:
+  use_compilation_cache()
+  return prepare(
+    _WORKLOAD.value,
+    _OUT.value,
+    data_dir=_DATA_DIR.value,
+    manual_dir=_MANUAL_DIR.value,
+    smoke=_SMOKE.value,
+    trial_devices=_TRIAL_DEVICES.value,
+    batch_sizes=_numbers("batch_sizes", _BATCH_SIZES.value, int, "whole numbers, such as 8,64,"),
+    learning_rates=_numbers("learning_rates", _LEARNING_RATES.value, float, "numbers, such as 0.05,0.2,"),
+    num_epochs=_NUM_EPOCHS.value,
+    seeds=_SEEDS.value,
+    optimizer=_OPTIMIZER.value,
+    momentum=_MOMENTUM.value,
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(run_command(_prepare_from_flags, documentation=__doc__ or "", module="__main__", flag_values=_FLAGS))
