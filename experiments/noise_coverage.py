@@ -4,7 +4,7 @@
 
 Draws data sets from problems whose noise scale is known exactly (linear-Gaussian, logistic, heavy-tailed; true noise
 scales from 10 to 1,000,000; from hopelessly few examples to ample ones, and without any gradient) and counts. Judges one
-claim: OUT/coverage.md, OUT/coverage.csv, OUT/claims.json. Run it again to continue after a kill. Takes about 5 minutes
+claim: OUT/report.html, OUT/claims.json, OUT/results.csv, OUT/coverage.md. Run it again to continue after a kill. Takes about 5 minutes
 on one CPU core. Expected: 93 to 97 % where intervals are given, and no number where nothing can be said.
 """
 
@@ -49,7 +49,7 @@ def prepare(out: str | Path, *, num_draws: int | None = None, smoke: bool = Fals
 
 
 def run(out: str | Path = "runs/noise_coverage", *, num_draws: int | None = None, smoke: bool = False) -> Path:
-  """Runs the draws from Python and returns the path of the table; options are named like the flags."""
+  """Runs the draws from Python and returns the path of the report; options are named like the flags."""
   return prepare(out, num_draws=num_draws, smoke=smoke)()
 
 

@@ -88,7 +88,7 @@ def draw_coverage(finding: Finding) -> Figure:
   left.axhspan(LEAST_COVERAGE, MOST_COVERAGE, color=style.RULE, alpha=0.7, linewidth=0, label="93 to 97 %")
   left.axhline(0.95, color=style.INK, linewidth=1, linestyle="--")
   problems = list(dict.fromkeys(problem))
-  palette = (style.BLUE, style.VERMILION, style.GREEN, style.ORANGE, style.PURPLE, style.MUTED)
+  palette = (style.BLUE, style.VERMILION, style.GREEN, style.ORANGE, style.PURPLE, style.MUTED, style.INK)
   kinds = list(dict.fromkeys(regime))
   shapes = dict(zip(kinds, "osv^D" * len(kinds), strict=False))
   slots = [(name, kind) for name in problems for kind in kinds if np.isfinite(coverage[regime == kind]).any()]

@@ -2,6 +2,7 @@
 
 from bsjax.report.batch_size import render_report as render_report
 from bsjax.report.batch_size import write_report as write_report
+from bsjax.report.coverage import coverage_page as coverage_page
 from bsjax.report.experiment import Page as Page
 from bsjax.report.experiment import Table as Table
 from bsjax.report.experiment import render_experiment as render_experiment

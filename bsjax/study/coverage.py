@@ -1,9 +1,7 @@
 """How often do the intervals of the gradient noise hold the truth? Draws from problems whose noise scale is known, and the table."""
 
-import csv
 import dataclasses
 import functools
-import io
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +24,8 @@ from bsjax.records import (
   set_status,
   trial_id,
   write_atomically,
-  write_json,
 )
+from bsjax.report import coverage_page, write_experiment
 from bsjax.types import Array, Example, Params
 
 NOISE_SCALES = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
@@ -290,7 +288,7 @@ def measure_cell(cell: Cell, seed: int) -> dict[str, Any]:
 
 
 def run_coverage(cells: Sequence[Cell], out: Path, *, environment: dict[str, Any]) -> Path:
-  """Draws what is missing of the cells and writes coverage.csv, coverage.md and claims.json; returns the path of coverage.md.
+  """Draws what is missing of the cells and writes the report; returns its path.
 
   Args:
     cells: the lines of the table.
@@ -311,22 +309,14 @@ def run_coverage(cells: Sequence[Cell], out: Path, *, environment: dict[str, Any
       bar.set_description_str(cell.problem)
       records.append(_recorded(cell, folder, environment))
       bar.update(_cost(cell))
-  return report_coverage(records, out)
+  return report_coverage(records, out, environment=environment)
 
 
-def report_coverage(records: Sequence[Record], out: Path) -> Path:
-  """Writes the table as coverage.csv and coverage.md, and the judged claim as claims.json."""
-  rows = coverage_rows(records)
-  text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  write_atomically(out / "coverage.csv", text.getvalue())
-  finding = judge_coverage({}, records)
-  write_json(out / "claims.json", [finding.claim._asdict()])
-  table = out / "coverage.md"
-  write_atomically(table, f"{finding.reading}\n\n{markdown_table(rows)}")
-  return table
+def report_coverage(records: Sequence[Record], out: Path, *, environment: dict[str, Any]) -> Path:
+  """Judges the records and writes report.html, claims.json, results.csv, figures, and the whole table as coverage.md."""
+  rows, finding = coverage_rows(records), judge_coverage({}, records)
+  write_atomically(out / "coverage.md", f"{finding.reading}\n\n{markdown_table(rows)}")
+  return write_experiment(out, coverage_page(finding, rows), findings=[finding], environment=environment, rows=rows)
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -151,12 +151,12 @@ def test_a_cell_counts():
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
   folder = tmp_path_factory.mktemp("coverage") / "out"
-  assert noise_coverage.run(folder, smoke=True) == folder / "coverage.md"
+  assert noise_coverage.run(folder, smoke=True) == folder / "report.html"
   return folder
 
 
 def test_what_it_leaves(out):
-  with open(out / "coverage.csv", newline="") as handle:
+  with open(out / "results.csv", newline="") as handle:
     rows = list(csv.DictReader(handle))
   assert len(rows) == len(PROBLEMS) * (2 * 4 + 6)
   assert {row["problem"] for row in rows} == set(PROBLEMS)
@@ -182,7 +182,7 @@ def test_continues_after_a_kill(out, tmp_path):
   after = {path: path.stat().st_mtime_ns for path in again.glob("noise_coverage/*/*")}
   assert before.items() <= after.items()
   assert (first / "status.json").exists()
-  assert (again / "coverage.csv").read_bytes() == (out / "coverage.csv").read_bytes()
+  assert (again / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
   with pytest.raises(RecordError, match="num_draws was 20 and is now 30"):
     noise_coverage.run(again, smoke=True, num_draws=30)
 
