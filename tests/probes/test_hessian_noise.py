@@ -123,13 +123,13 @@ def test_random_sums_have_the_right_size():
 
 
 def test_intervals_of_both_routes_hold_the_true_noise_scale():
-  """300 examples drawn anew 200 times; truth from the distribution: centres are standard normal, so Sigma = H^2, G = H w."""
+  """600 examples drawn anew 200 times; truth from the distribution: centres are standard normal, so Sigma = H^2, G = H w."""
   noise_scale = np.trace(HESSIAN @ HESSIAN @ HESSIAN) / (WEIGHTS @ HESSIAN @ HESSIAN @ HESSIAN @ WEIGHTS)
-  exact = jax.jit(functools.partial(hessian_moments, quadratic_loss, chunk_size=300))
-  randomised = jax.jit(functools.partial(randomised_hessian_moments, quadratic_loss, num_probes=50, chunk_size=300))
+  exact = jax.jit(functools.partial(hessian_moments, quadratic_loss, chunk_size=600))
+  randomised = jax.jit(functools.partial(randomised_hessian_moments, quadratic_loss, num_probes=50, chunk_size=600))
   covered = np.zeros(2)
   for seed in range(200):
-    data = jnp.asarray(WEIGHTS, jnp.float32), jnp.asarray(draw_centers(300, seed=seed), jnp.float32)
+    data = jnp.asarray(WEIGHTS, jnp.float32), jnp.asarray(draw_centers(600, seed=seed), jnp.float32)
     for at, moments in enumerate((exact(*data), randomised(*data, jax.random.key(seed)))):
       found = hessian_noise(moments).noise_scale
       assert found.ci_low is not None
