@@ -19,6 +19,7 @@ from bsjax.optim import OPTIMIZERS
 from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_noise_plan, run_command, run_noise_study
 from bsjax.study.command import use_compilation_cache
+from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import WORKLOADS, load_workload, workload_settings
 
@@ -72,6 +73,7 @@ def prepare(
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
   loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  check_example_loss(loaded)
   if smoke:
     sizes = loaded.preset.batch_sizes
     given = {name: value for name, value in overrides.items() if value is not None}

@@ -28,6 +28,7 @@ from bsjax.study.noise_plan import (
   stretch_config,
   temperature_branches,
 )
+from bsjax.study.plan import workload_facts
 from bsjax.study.progress import FLOPS_PER_SECOND, START_SECONDS, STEP_SECONDS
 from bsjax.train import TrainState, Trial, TrialConfig, make_trial, run_trials
 from bsjax.types import Hparams
@@ -220,13 +221,7 @@ def _describe(study: _Study) -> dict[str, Any]:
   workload, plan = study.workload, study.plan
   branches = temperature_branches(plan, workload)
   return {
-    "workload": workload.name,
-    "dataset": workload.train.name,
-    "train_size": len(workload.train),
-    "validation_size": len(workload.validation),
-    "test_size": len(workload.test),
-    "num_params": num_params(workload),
-    "batch_norm": workload.batch_norm,
+    **workload_facts(workload),
     "batch_sizes": list(plan.batch_sizes),
     "learning_rates": {str(size): list(rates_of(plan, workload, size)) for size in plan.batch_sizes},
     "num_epochs": plan.num_epochs,

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from bsjax.optim import scale_learning_rate
 from bsjax.train import TrialConfig
-from bsjax.workloads import Workload
+from bsjax.workloads import Workload, num_params
 
 ROWS_PER_TRIAL = 512
 """The longer of the two budgets is evaluated about this often, so steps to target are coarse by 1/512 of that budget."""
@@ -102,6 +103,19 @@ def _check(plan: Plan, train_size: int) -> None:
     raise ValueError(f"--weight_decay={plan.weight_decay}, wanted a finite number, 0 or more")
   if not 0 <= plan.warmup_fraction < 1:
     raise ValueError(f"--warmup_fraction={plan.warmup_fraction}, wanted 0 <= warmup_fraction < 1")
+
+
+def workload_facts(workload: Workload) -> dict[str, Any]:
+  """Describes a workload in `study.json`, for an analysis that sees nothing else."""
+  return {
+    "workload": workload.name,
+    "dataset": workload.train.name,
+    "train_size": len(workload.train),
+    "validation_size": len(workload.validation),
+    "test_size": len(workload.test),
+    "num_params": num_params(workload),
+    "batch_norm": workload.batch_norm,
+  }
 
 
 def budget_steps(plan: Plan, budget: str, *, batch_size: int, train_size: int) -> int:

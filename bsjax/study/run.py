@@ -12,13 +12,13 @@ from bsjax.analysis import advise, judge_all, results_table
 from bsjax.records import Record, append_rows, create_trial, read_record, read_records, set_status, trial_id, write_json
 from bsjax.report import write_report
 from bsjax.study.measure import Measurements
-from bsjax.study.plan import Plan, budget_steps, first_rates, make_config
+from bsjax.study.plan import Plan, budget_steps, first_rates, make_config, workload_facts
 from bsjax.study.progress import NOISE, TIMING, Progress
 from bsjax.study.timing import time_steps
 from bsjax.study.tune import tune_rate
 from bsjax.train import Trial, TrialConfig, make_trial, run_trials
 from bsjax.types import Hparams
-from bsjax.workloads import Workload, num_params
+from bsjax.workloads import Workload
 
 BUDGETS = ("epochs", "steps")
 FINAL_PROBES = ("test", "sharpness")
@@ -174,13 +174,7 @@ def _describe(study: _Study, tuned: dict[str, Any]) -> dict[str, Any]:
     for budget in BUDGETS
   }
   return {
-    "workload": workload.name,
-    "dataset": workload.train.name,
-    "train_size": len(workload.train),
-    "validation_size": len(workload.validation),
-    "test_size": len(workload.test),
-    "num_params": num_params(workload),
-    "batch_norm": workload.batch_norm,
+    **workload_facts(workload),
     "target": workload.target._asdict(),
     "batch_sizes": list(plan.batch_sizes),
     "optimizer": plan.optimizer,

@@ -331,3 +331,20 @@ def test_help_is_one_screen() -> None:
   assert "--learning_rates" in done.stdout
   assert len(done.stdout.splitlines()) <= 40
   assert max(map(len, done.stdout.splitlines())) <= 130
+
+
+TRAINING_MODE = """
+import dataclasses
+from bsjax.workloads import load_workload
+
+def make():
+  return dataclasses.replace(load_workload("quadratic"), batch_norm="batch")
+"""
+
+
+@pytest.mark.parametrize("experiment", [noise_scale, batch_size_study])
+def test_batch_norm_in_training_mode_is_refused_before_anything_is_written(experiment, tmp_path: Path) -> None:
+  (tmp_path / "mine.py").write_text(TRAINING_MODE)
+  with pytest.raises(ValueError, match=r"batch_norm='batch'.*use batch_norm='running'"):
+    experiment.prepare(f"{tmp_path}/mine.py:make", tmp_path / "out")
+  assert not (tmp_path / "out").exists()

@@ -115,6 +115,16 @@ class TwoPositions(nn.Module):
     return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(x.shape[0], 2, 32))).mean(axis=1))
 
 
+class Heads(nn.Module):
+  """One matrix for each of four heads: a product with a batch axis that the parameter shares."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (4, 4, 5))
+    x = jnp.einsum("nthd,hde->nthe", x.reshape(x.shape[0], 4, 4, 4), kernel)
+    return nn.Dense(10)(nn.tanh(x).reshape(x.shape[0], -1))
+
+
 class Twice(nn.Module):
   """One kernel, used as it is and transposed."""
 
@@ -136,6 +146,7 @@ ZOO = {
 USERS = {
   "flax convolutions": lambda: from_module(Convolutions(), images(8), "image"),
   "two positions": lambda: from_module(TwoPositions(), images(8), "image"),
+  "a matrix per head": lambda: from_module(Heads(), images(8), "image"),
   "text": lambda: from_module(Text(), tokens(8), "token"),
   "kernel and its transpose": lambda: from_module(Twice(), images(9, (3, 4, 1)), "image"),
 }
