@@ -144,14 +144,14 @@ def noise_statistics(
 
   share = _variance_share(sq_norm, trace, n)
   var_sq_norm, cov = share * jackknife, math.sqrt(share) * cov
-  grad_sq_norm = _around(sq_norm, var_sq_norm, n)
+  grad_sq_norm = around(sq_norm, var_sq_norm, n)
   noise_scale = ratio_estimate(trace, sq_norm, var_trace, cov, var_sq_norm, n)
   if noise_scale.ci_low is None:
     noise_scale = noise_scale._replace(n_needed=_examples_needed(grad_sq_norm, trace, jackknife))
   else:
     noise_scale = noise_scale._replace(ci_low=max(noise_scale.ci_low, 0.0))
   return statistics._replace(
-    grad_cov_trace=_around(trace, var_trace, n),
+    grad_cov_trace=around(trace, var_trace, n),
     grad_sq_norm=grad_sq_norm,
     noise_scale=noise_scale,
     signal_to_noise=ratio_estimate(sq_norm, trace, var_sq_norm, cov, var_trace, n, least_tail=0.025),
@@ -273,8 +273,8 @@ def _examples_needed(grad_sq_norm: Estimate, trace: float, jackknife: float) -> 
   return high
 
 
-def _around(value: float, var: float, n: int) -> Estimate:
-  """Returns a number with Student's interval."""
+def around(value: float, var: float, n: int) -> Estimate:
+  """Give a number its 95 % interval: Student's, for a variance known from n numbers."""
   half = -float(stdtrit(n - 1, 0.025)) * math.sqrt(var)
   return Estimate(value, value - half, value + half, n, "identified", None)
 

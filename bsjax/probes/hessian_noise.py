@@ -11,7 +11,7 @@ import optax
 from scipy.special import stdtrit
 
 from bsjax.probes.chunks import count_examples, sum_over_chunks
-from bsjax.probes.estimate import NORMAL_QUANTILE, Estimate, fieller_interval, noise_statistics, ratio_estimate
+from bsjax.probes.estimate import Estimate, around, fieller_interval, noise_statistics, ratio_estimate
 from bsjax.probes.ghost import ghost_projections
 from bsjax.probes.hvp import hessian_vector_product
 from bsjax.probes.noise import sq_norm
@@ -40,9 +40,8 @@ class HessianNoise(NamedTuple):
   """tr(H Sigma) / G'HG of the distribution, in examples, with H taken for known."""
   dataset_noise_scale: float | None
   """The same ratio for these N examples as all there is; None where G'HG <= 0."""
-  cov_trace: float
-  """tr(H Sigma)."""
-  cov_trace_sem: float
+  cov_trace: Estimate
+  """tr(H Sigma): given whatever it is, since a Hessian may make it negative."""
   curvature: float
   """G'HG of these N examples."""
   max_learning_rate: float | None
@@ -153,13 +152,16 @@ def hessian_noise(moments: HessianMoments) -> HessianNoise:
     if noise_scale.value is not None:
       low, high = fieller_interval(*parts, quantile=-float(stdtrit(forms.size - 1, 0.025)))
       noise_scale = noise_scale._replace(ci_low=max(low, 0.0), ci_high=high)
-  if not trace > NORMAL_QUANTILE * sem:
-    noise_scale = noise_scale._replace(value=None, ci_low=None, ci_high=None, verdict="unidentifiable")
+  refused = Estimate(None, None, None, n, "unidentifiable", None)
+  cov_trace = (
+    around(float(trace), float(sem) ** 2, forms.size)._replace(n_examples=n) if math.isfinite(sem) else refused
+  )
+  if cov_trace.ci_low is None or cov_trace.ci_low <= 0:
+    noise_scale = refused
   return HessianNoise(
     noise_scale=noise_scale,
     dataset_noise_scale=float(trace / curvature) if curvature > 0 else None,
-    cov_trace=float(trace),
-    cov_trace_sem=float(sem),
+    cov_trace=cov_trace,
     curvature=curvature,
     max_learning_rate=mean_sq_norm / curvature if curvature > 0 else None,
   )

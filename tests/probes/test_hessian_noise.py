@@ -45,7 +45,7 @@ def test_exact_form_of_a_quadratic():
     centers = draw_centers(300)
     got = measure(centers)
   trace, curvature, sq_norm = truth(centers)
-  assert got.cov_trace == pytest.approx(trace, rel=1e-12)
+  assert got.cov_trace.value == pytest.approx(trace, rel=1e-12)
   assert got.curvature == pytest.approx(curvature, rel=1e-12)
   assert got.dataset_noise_scale == pytest.approx(trace / curvature, rel=1e-12)
   assert got.noise_scale.value == pytest.approx(trace / (curvature - trace / 300), rel=1e-12)
@@ -92,17 +92,20 @@ def test_randomised_form_is_unbiased():
     run = jax.jit(functools.partial(randomised_hessian_moments, quadratic_loss, num_probes=16, chunk_size=7))
     draws = [hessian_noise(run(jnp.asarray(WEIGHTS), jnp.asarray(centers), jax.random.key(seed))) for seed in range(60)]
     exact = measure(centers)
-  traces = np.array([draw.cov_trace for draw in draws])
+  traces = np.array([draw.cov_trace.value for draw in draws])
   # 4 standard errors of the mean of 60.
-  assert abs(traces.mean() - exact.cov_trace) < 4 * traces.std(ddof=1) / np.sqrt(60)
+  assert abs(traces.mean() - exact.cov_trace.value) < 4 * traces.std(ddof=1) / np.sqrt(60)
   # The stated standard error is that of the scatter over probes; that of 60 x 16 draws is known to about 10 %.
-  stated = np.sqrt(np.mean([draw.cov_trace_sem**2 for draw in draws]))
+  widths = np.array([draw.cov_trace.ci_high - draw.cov_trace.ci_low for draw in draws])
+  stated = np.sqrt(np.mean(widths**2)) / (2 * 2.131)  # Student's quantile for 15 degrees of freedom
   assert 0.7 < stated / traces.std(ddof=1) < 1.5
   for draw in draws:
     assert draw.curvature == pytest.approx(exact.curvature, rel=1e-12)
     assert draw.max_learning_rate == pytest.approx(exact.max_learning_rate, rel=1e-12)
     if draw.noise_scale.value is not None:
-      assert draw.noise_scale.value == pytest.approx(draw.cov_trace / (draw.curvature - draw.cov_trace / 64), rel=1e-12)
+      assert draw.noise_scale.value == pytest.approx(
+        draw.cov_trace.value / (draw.curvature - draw.cov_trace.value / 64), rel=1e-12
+      )
 
 
 def test_random_sums_have_the_right_size():
@@ -164,7 +167,7 @@ def test_refuses_a_covariance_trace_that_may_be_negative():
     hessian_moments(loss_fn, jnp.zeros(2), jnp.asarray(draw_centers(30)[:, 0], jnp.float32), chunk_size=8)
   )
   assert got.curvature > 0
-  assert got.cov_trace < 0
+  assert got.cov_trace.value < 0
   assert got.noise_scale.verdict == "unidentifiable"
   assert got.noise_scale.value is None
 
@@ -175,3 +178,13 @@ def test_number_of_probes_is_checked(num_probes):
     randomised_hessian_moments(
       quadratic_loss, jnp.zeros(3), jnp.zeros((40, 3)), jax.random.key(0), num_probes=num_probes, chunk_size=8
     )
+
+
+def test_a_bad_example_leaves_no_number():
+  centers = draw_centers(40)
+  centers[3, 1] = np.nan
+  got = measure(centers.astype(np.float32))
+  assert got.cov_trace.verdict == got.noise_scale.verdict == "unidentifiable"
+  assert got.cov_trace.value is None
+  assert got.dataset_noise_scale is None
+  assert got.max_learning_rate is None
