@@ -171,7 +171,9 @@ def opacus_side(problem: Problem) -> Side:
     )
     try:
       side.call()
-    except NotImplementedError as error:  # ghost clipping of tied parameters
+    except (
+      NotImplementedError
+    ) as error:  # Opacus's own: it has no ghost clipping of tied parameters; its other mode is measured
       print(f"opacus, {mode}: {error}", file=sys.stderr)
     else:
       modes[mode] = min(seconds(side.call) for _ in range(2)), side

@@ -170,7 +170,7 @@ def stretch_config(plan: NoisePlan, workload: Workload, branches: tuple[Branch, 
   """Builds the configuration of one stretch of the temperature test: the same number of examples at every batch size.
 
   Batches are drawn with replacement, as the prediction assumes. In shuffled epochs their noise cancels over an epoch, and a run at a low
-  temperature is quieter than predicted: 30 times [20, 45] instead of 16 on the digits, measured with this study before it drew so.
+  temperature is quieter than predicted (a test of the judge simulates it).
   """
   largest = max(branch.batch_size for branch in branches)
   steps = max(1, round(plan.num_epochs * len(workload.train) / largest))

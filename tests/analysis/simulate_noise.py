@@ -166,3 +166,8 @@ def temperature_trials(*, power=1.0, returns=True, seeds=range(4), spread=0.1, b
       trials.append(stretch(branch, "during", seed, size, rate, 40.0, high, STRETCH_EXAMPLES))
       trials.append(stretch(branch, "after", seed, *BASE, high, 40.0 if returns else high, 2 * STRETCH_EXAMPLES))
   return trials
+
+
+def judge(function, records):
+  """Lets a judge decide on records of the simulated study."""
+  return function(STUDY, records)

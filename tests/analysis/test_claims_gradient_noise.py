@@ -13,7 +13,6 @@ from bsjax.analysis import (
   judge_temperature,
   measurements_table,
 )
-from bsjax.analysis.claims_estimators import QUANTITIES
 from bsjax.analysis.claims_gradient_noise import (
   END_FRACTION,
   choose_quantity,
@@ -25,12 +24,9 @@ from bsjax.analysis.claims_gradient_noise import (
 from bsjax.analysis.fits import Interval
 from tests.analysis import simulate_noise
 from tests.analysis.checks import check
+from tests.analysis.simulate_noise import judge
 
 JUDGES = (judge_noise_grows, judge_estimators_agree, judge_temperature, judge_layernorm_predicts_total)
-
-
-def judge(function, records):
-  return function(simulate_noise.STUDY, records)
 
 
 # --- one quantity for all rows ---
@@ -149,213 +145,6 @@ def test_the_figures_series_hold_every_row():
   # The last step of the first setting's batch size is refused: 6 trials, 2 forms.
   assert np.isnan(series["form_value"]).sum() == 12
   np.testing.assert_array_equal(series["examples_seen"], series["step"] * series["batch_size"])
-
-
-# --- estimators_agree ---
-
-
-def test_estimators_agree():
-  finding = judge(judge_estimators_agree, simulate_noise.along_trials())
-  check(finding, "estimators_agree", "holds")
-  # 9 trials, 3 checkpoints, 3 routes, 2 quantities.
-  assert finding.claim.n == 9 * 3 * 3 * 2
-  series = finding.series
-  sampled = series["route"] != "ghost"
-  expected = (series["value"][sampled] - series["exact"][sampled]) / series["sem"][sampled]
-  np.testing.assert_array_equal(series["z"][sampled], expected)
-
-
-@pytest.mark.parametrize(
-  ("world", "verdict", "words"),
-  [
-    ({"ghost_error": 1e-4}, "fails", "ghost route is within 0.0001"),
-    ({"bias": 1.1}, "fails", "by the device route most"),
-    ({"honest": 2.5}, "fails", "by more than their standard errors allow"),
-    ({"route_sem": 12.0}, "inconclusive", "as their standard errors say"),
-  ],
-)
-def test_estimators_that_differ_or_are_too_noisy(world, verdict, words):
-  finding = judge(judge_estimators_agree, simulate_noise.along_trials(**world))
-  check(finding, "estimators_agree", verdict)
-  assert words in finding.reading
-
-
-def test_a_route_that_was_not_measured_is_named():
-  records = simulate_noise.along_trials()
-  for record in records:
-    record.probes[:] = [row for row in record.probes if row.get("route") != "device"]
-  finding = judge(judge_estimators_agree, records)
-  check(finding, "estimators_agree", "holds")
-  assert "the device route was not measured" in finding.reading
-  assert "not measured" not in judge(judge_estimators_agree, simulate_noise.along_trials()).reading
-
-
-@pytest.mark.parametrize("missing", ["ghost", "exact"])
-def test_without_exact_or_ghost_there_is_no_comparison(missing):
-  records = simulate_noise.along_trials()
-  for record in records:
-    record.probes[:] = [row for row in record.probes if row.get("route") != missing]
-  check(judge(judge_estimators_agree, records), "estimators_agree", "inconclusive")
-
-
-def test_honest_estimators_are_rarely_accused():
-  # Level 0.01 over all tests of a world: of 300 worlds about 3 are accused, at most 3 + 4 sqrt(3) = 10.
-  accused = 0
-  for world in range(300):
-    records = simulate_noise.along_trials(layers=False, seeds=(100 + world,))
-    accused += judge(judge_estimators_agree, records).claim.verdict == "fails"
-  assert accused <= 10
-
-
-def test_rounding_is_relative_to_what_is_subtracted():
-  # |G|^2 = 1e-9 is what is left of 1.000000001 after tr(Sigma)/N = 1 was taken off: an error of 1e-9 is 1e-9 of that.
-  exact = {
-    "probe": "route",
-    "step": 0,
-    "route": "exact",
-    "grad_cov_trace": 64.0,
-    "grad_sq_norm": 1e-9,
-    "num_examples": 64,
-  }
-  rows = [exact, exact | {"route": "ghost", "grad_sq_norm": 2e-9, "grad_cov_trace": 64.64}]
-  rows += [exact | {"route": "device", "grad_sq_norm_sem": 1.0, "grad_cov_trace_sem": 1.0}]
-  series = judge(judge_estimators_agree, [simulate_noise.record("along", 4, 0.1, 0, rows)]).series
-  error = {
-    name: series["relative_error"][(series["route"] == "ghost") & (series["quantity"] == name)] for name in QUANTITIES
-  }
-  np.testing.assert_allclose(error["grad_sq_norm"], 1e-9, rtol=1e-6)
-  np.testing.assert_allclose(error["grad_cov_trace"], 0.01, rtol=1e-6)
-
-
-# --- temperature ---
-
-
-def test_temperature_holds_where_the_noise_scale_follows_it():
-  finding = judge(judge_temperature, simulate_noise.temperature_trials())
-  check(finding, "temperature", "holds")
-  assert finding.claim.n == 4
-  series = finding.series
-  np.testing.assert_allclose(sorted(series["predicted"]), [1, 16, 16, 16])
-  # Standard error of a mean log ratio of two stretches over 4 seeds: 0.1 sqrt(2 / 4); four of them.
-  np.testing.assert_allclose(np.log(series["factor"] / series["predicted"]), 0, atol=4 * 0.1 * math.sqrt(2 / 4))
-  assert set(series["phase"]) == {"before", "during", "after"}
-
-
-def test_the_settled_half_is_what_counts():
-  finding = judge(judge_temperature, simulate_noise.temperature_trials(spread=0.0))
-  # Checkpoints at 1/2, 3/4 and 1 of the stretch; the scale has covered 1 - exp(-10 part) of the way from 40 to 640 in log;
-  # tr(Sigma) is constant, so the mean of |G|^2 is that of 1 / scale.
-  part = np.array([1 / 2, 3 / 4, 1])
-  scale = 40 * 16 ** (1 - np.exp(-10 * part))
-  expected = 1 / np.mean(1 / scale) / 40
-  np.testing.assert_allclose(finding.series["factor"][:3], expected, rtol=1e-9)
-  np.testing.assert_allclose(finding.series["factor"][3], 1, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-  ("world", "verdict"),
-  [
-    ({"power": 0.5}, "fails"),  # 16 predicted, 4 measured
-    ({"power": 0.9}, "holds"),  # 16^0.1 = 1.3 off
-    ({"returns": False}, "fails"),
-    ({"spread": 1.5}, "inconclusive"),
-    ({"seeds": (0,)}, "inconclusive"),
-  ],
-)
-def test_temperature_verdicts(world, verdict):
-  check(judge(judge_temperature, simulate_noise.temperature_trials(**world)), "temperature", verdict)
-
-
-def test_the_control_counts():
-  wrong = {"rate / 4 and B / 4": (4, 0.1 / 4)}
-  records = simulate_noise.temperature_trials(spread=0.01)
-  for record in records:
-    if record.trial["branch"] in wrong and record.trial["phase"] == "during":
-      for row in record.probes:
-        row["dataset_grad_sq_norm"] /= 8
-  finding = judge(judge_temperature, records)
-  check(finding, "temperature", "fails")
-  assert "rate / 4 and B / 4" in finding.reading
-  assert finding.claim.measured == pytest.approx(8, rel=0.1)
-
-
-def test_without_an_unchanged_branch_there_is_no_comparison():
-  records = [
-    r for r in simulate_noise.temperature_trials() if r.trial["branch"] != "unchanged" or r.trial["phase"] == "before"
-  ]
-  finding = judge(judge_temperature, records)
-  check(finding, "temperature", "inconclusive")
-  assert finding.claim.measured is None
-
-
-def test_a_seed_that_diverged_in_one_branch_is_left_out_there():
-  records = simulate_noise.temperature_trials()
-  victim = next(
-    i
-    for i, r in enumerate(records)
-    if r.trial["branch"] == "B x 16" and r.trial["phase"] == "during" and r.trial["seed"] == 0
-  )
-  records[victim] = records[victim]._replace(status={"state": "diverged"})
-  series = judge(judge_temperature, records).series
-  whole = judge(judge_temperature, simulate_noise.temperature_trials()).series
-  same = series["factor"] == whole["factor"]
-  assert same.tolist() == [name != "B x 16" for name in series["factor_branch"]]
-
-
-def quadratic_sgd(*, replace, num_examples=256, seeds=8, dimension=16):
-  """Runs plain SGD on L_i = 1/2 h (w - c_i)^2 through the temperature test, all seeds at once; |G|^2 = |h w|^2 and tr(Sigma) are exact.
-
-  The slowest direction, h = 0.25, relaxes in 1 / (0.2 / 16 * 0.25) = 320 steps of 8 at the lowest temperature; a stretch has 3,072.
-  """
-  rng = np.random.default_rng(0)
-  h = np.geomspace(1.0, 0.25, dimension)
-  c = rng.normal(size=(num_examples, dimension))
-  c -= c.mean(axis=0)
-  trace = float(np.sum((h * c) ** 2) / (num_examples - 1))
-  records = []
-
-  def stretch(branch, phase, size, rate, w, before):
-    num_steps, marks = 96 * num_examples // size, 64
-    pool = np.zeros((seeds, 0), int)
-    probes = [[] for _ in range(seeds)]
-    for step in range(num_steps + 1):
-      if step % (num_steps // marks) == 0:
-        for seed in range(seeds):
-          row = {"probe": "noise", "step": step, "group": "all", "grad_cov_trace": trace}
-          probes[seed].append(row | {"dataset_grad_sq_norm": float(np.sum((h * w[seed]) ** 2))})
-      if replace:
-        index = rng.integers(num_examples, size=(seeds, size))
-      else:
-        if pool.shape[1] < size:
-          pool = rng.permuted(np.tile(np.arange(num_examples), (seeds, 1)), axis=1)
-        index, pool = pool[:, :size], pool[:, size:]
-      w = w - rate * h * (w - c[index].mean(axis=1))
-    place = {"branch": branch, "phase": phase, "examples_before": before}
-    records.extend(
-      simulate_noise.record("temperature", size, rate, seed, probes[seed], num_steps=num_steps, **place)
-      for seed in range(seeds)
-    )
-    return w
-
-  base = (8, 0.2)
-  middle = stretch("unchanged", "before", *base, np.zeros((seeds, dimension)), 0)
-  for branch, (size, rate) in {"unchanged": base, "B x 16": (128, 0.2), "rate / 16": (8, 0.2 / 16)}.items():
-    end = stretch(branch, "during", size, rate, middle, 96 * num_examples)
-    stretch(branch, "after", *base, end, 192 * num_examples)
-  return records
-
-
-def test_temperature_holds_for_sgd_with_independent_batches_on_a_quadratic():
-  finding = judge(judge_temperature, quadratic_sgd(replace=True))
-  check(finding, "temperature", "holds")
-  # McCandlish et al. (2018), appendix C, says 16 exactly, up to eps h / 2 = 10 % at the higher rate.
-  assert (finding.series["factor_low"] < 16 * 1.1).all()
-  assert (finding.series["factor_high"] > 16 / 1.1).all()
-
-
-def test_batches_without_replacement_make_a_cool_run_quieter_than_predicted():
-  series = judge(judge_temperature, quadratic_sgd(replace=False)).series
-  assert (series["factor_low"] > 2 * 16).all()
 
 
 # --- layernorm_predicts_total ---
