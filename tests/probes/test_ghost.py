@@ -325,7 +325,7 @@ def test_two_uses_by_gram(loss_fn):
     np.testing.assert_allclose(got.mean_grad, mean_grad, rtol=1e-10, atol=1e-16)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied language model"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tied language model", "two positions"])
 def test_norms_in_a_metric(name):
   """Coordinates scaled by m^(1/2) give sum_j m_j g_j^2, for every form."""
   loss_fn, params, examples = problem_of(name)

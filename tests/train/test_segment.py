@@ -1,5 +1,6 @@
 """The compiled segment against a plain loop, a closed form, its own lanes and other meshes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 from problems import classifier, quadratic
 
-from bsjax.data import segment_indices
+from bsjax.data import independent_indices, segment_indices
 from bsjax.optim import OPTIMIZERS
 from bsjax.train import build_segment, chunked, device_arrays, evaluate, init_state, make_mesh, make_step, stream
 from bsjax.train.segment import Rows
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState
-from bsjax.train.trial import TrialConfig
+from bsjax.train.trial import TrialConfig, make_trial
 from bsjax.types import Batch, Hparams
 from bsjax.workloads import Workload
 from bsjax.workloads.quadratic import SPECTRUM
@@ -57,8 +58,9 @@ def plain_loop(
   hparams = hparams_of(rate)
   step = jax.jit(make_step(workload, config))
   state = start if start is not None else init_state(workload, config.optimizer, hparams, jnp.uint32(seed))
+  draw_indices = independent_indices if config.with_replacement else segment_indices
   indices = np.asarray(
-    segment_indices(
+    draw_indices(
       stream(jnp.uint32(seed), ORDER_STREAM),
       jnp.int32(0),
       num_steps=num_steps,
@@ -120,6 +122,19 @@ def test_segment_equals_a_plain_loop(kind: str, optimizer: str) -> None:
   assert int(state.step[0]) == 12
   full = evaluate(workload.example_metrics, expected.params, expected.model_state, chunked(workload.validation.arrays))
   np.testing.assert_allclose(rows.validation["loss"][0, 3], full["loss"], rtol=1e-5)
+
+
+def test_batches_drawn_with_replacement() -> None:
+  """They are those of `independent_indices`, at the trial's own steps, and not an epoch's."""
+  workload, config = quadratic(), TrialConfig("quadratic", 8, 12, 3, with_replacement=True)
+  _, rows = run_segment(workload, config, [0.1], num_rows=4, seeds=[1])
+  _, losses = plain_loop(workload, config, 0.1, 1, 12)
+  # 12 float32 steps; a different batch changes a loss by a tenth
+  np.testing.assert_allclose(rows.minibatch_loss[0, :4], losses[2::3], rtol=1e-5)
+  _, epoch_losses = plain_loop(workload, dataclasses.replace(config, with_replacement=False), 0.1, 1, 12)
+  assert not np.allclose(losses, epoch_losses, rtol=1e-3)
+  description = make_trial(config, hparams_of(0.1), 1).description
+  assert description["config"]["with_replacement"] is True
 
 
 def test_batch_norm_statistics_move_in_training_only() -> None:
