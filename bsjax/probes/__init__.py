@@ -1,5 +1,6 @@
 """The mathematics of a loss: gradients per example, gradient noise, Hessian products, the top of the spectrum."""
 
+from bsjax.probes.chunks import over_mesh as over_mesh
 from bsjax.probes.estimate import Estimate as Estimate
 from bsjax.probes.estimate import NoiseStatistics as NoiseStatistics
 from bsjax.probes.estimate import expected_sq_norm as expected_sq_norm
@@ -16,6 +17,11 @@ from bsjax.probes.hessian_noise import hessian_noise as hessian_noise
 from bsjax.probes.hessian_noise import optimal_learning_rate as optimal_learning_rate
 from bsjax.probes.hessian_noise import optimal_loss_decrease as optimal_loss_decrease
 from bsjax.probes.hessian_noise import randomised_hessian_moments as randomised_hessian_moments
+from bsjax.probes.hvp import OutputLossFn as OutputLossFn
+from bsjax.probes.hvp import OutputsFn as OutputsFn
+from bsjax.probes.hvp import fisher_vector_product as fisher_vector_product
+from bsjax.probes.hvp import gauss_newton_vector_product as gauss_newton_vector_product
+from bsjax.probes.hvp import hessian_block_product as hessian_block_product
 from bsjax.probes.hvp import hessian_vector_product as hessian_vector_product
 from bsjax.probes.moments import GradientMoments as GradientMoments
 from bsjax.probes.moments import adam_metric as adam_metric

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 Tree = TypeVar("Tree")
 
@@ -68,3 +70,32 @@ def count_examples(examples: Any) -> int:
   if len(lengths) != 1 or lengths == {0}:
     raise ValueError(f"examples have leading axes {sorted(lengths)}; wanted one common, positive length.")
   return lengths.pop()
+
+
+def over_mesh(mean_fn: Callable[..., Tree], mesh: Mesh) -> Callable[..., Tree]:
+  """Spread a mean over examples across the mesh axis "data": every device takes its own, and one all-reduce averages.
+
+  Args:
+    mean_fn: `(params, examples, *rest) -> tree`, a mean over the examples, such as
+      `functools.partial(hessian_vector_product, loss_fn, chunk_size=...)`.
+
+  Returns:
+    The same function of the same arguments. On one device it is `mean_fn` itself. The number of examples must be a multiple of
+    the devices on "data": where it is not, all the work is done on every device.
+  """
+  devices = mesh.shape["data"]
+  if devices == 1:
+    return mean_fn
+
+  def spread(params: Any, examples: Any, *rest: Any) -> Tree:
+    if count_examples(examples) % devices:
+      return mean_fn(params, examples, *rest)
+
+    def own(params: Any, examples: Any, *rest: Any) -> Tree:
+      return jax.lax.pmean(mean_fn(params, examples, *rest), "data")
+
+    specs = (P(), P("data"), *(P() for _ in rest))
+    # Types of varying arrays are not checked: the sums start from zeros made inside.
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(params, examples, *rest)
+
+  return spread

@@ -50,14 +50,16 @@ def classification(
     logits, _ = model.apply(params, model_state, scaled(example["image"])[None], train=False)
     return logits[0]
 
-  def example_loss(params: Params, model_state: ModelState, example: Example) -> Array:
-    logits = example_logits(params, model_state, example)
+  def output_loss(logits: Array, example: Example) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+
+  def example_loss(params: Params, model_state: ModelState, example: Example) -> Array:
+    return output_loss(example_logits(params, model_state, example), example)
 
   def example_metrics(params: Params, model_state: ModelState, example: Example) -> Metrics:
     logits = example_logits(params, model_state, example)
     return {
-      "loss": optax.softmax_cross_entropy_with_integer_labels(logits, example["label"]),
+      "loss": output_loss(logits, example),
       "accuracy": (jnp.argmax(logits) == example["label"]).astype(jnp.float32),
     }
 
@@ -81,6 +83,8 @@ def classification(
     target=target,
     preset=preset,
     batch_norm=batch_norm,
+    example_outputs=example_logits,
+    output_loss=output_loss,
   )
 
 

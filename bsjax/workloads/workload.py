@@ -35,6 +35,8 @@ class Preset(NamedTuple):
   num_rates: int = 5
   tuning_seeds: int = 3
   final_seeds: int = 5
+  train_loss: float = 0.1
+  """What "at equal training loss" means: solutions are compared where they first reach it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class Workload:
       summed and counted over a data set, divided once.
     train, validation, test: the data. The target is tested on `validation`; `test` is looked at once, at the end.
     batch_norm: which statistics `example_loss` uses; written in every record.
+    example_outputs, output_loss: `example_loss` in two parts, `(params, model_state, example) -> outputs` and `(outputs, example) ->
+      loss`, for the Gauss-Newton matrix; without both it is not measured.
   """
 
   name: str
@@ -62,6 +66,8 @@ class Workload:
   target: Target
   preset: Preset
   batch_norm: BatchNorm = "none"
+  example_outputs: Callable[[Params, ModelState, Example], Array] | None = None
+  output_loss: Callable[[Array, Example], Array] | None = None
 
 
 def mean_train_loss(
@@ -103,6 +109,8 @@ def check_workload(workload: Any, origin: str) -> Workload:
     raise ValueError(
       f"{origin}: example_loss returned shape {getattr(loss, 'shape', None)}, wanted a scalar () for one example"
     )
+  if (workload.example_outputs is None) != (workload.output_loss is None):
+    raise ValueError(f"{origin}: example_outputs and output_loss belong together: give both, or neither")
   metrics = jax.eval_shape(workload.example_metrics, variables.params, variables.model_state, example)
   if workload.target.metric.removeprefix("validation_") not in metrics:
     raise ValueError(

@@ -96,6 +96,10 @@ BAD = {
     "m.py:make_workload",
     r"example_loss returned shape \(1,\), wanted a scalar",
   ),
+  GOOD.replace("target=Target(", "output_loss=example_loss, target=Target("): (
+    "m.py:make_workload",
+    "example_outputs and output_loss belong together",
+  ),
   GOOD.replace("validation_accuracy", "validation_f1"): ("m.py:make_workload", "target metric 'validation_f1' is not"),
 }
 
