@@ -1,4 +1,4 @@
-"""The mathematics of a loss: gradients per example, gradient noise, Hessian products, the top of the spectrum."""
+"""The mathematics of a loss: gradients per example, gradient noise, curvature and its spectrum, sharpness, landscapes."""
 
 from bsjax.probes.chunks import over_mesh as over_mesh
 from bsjax.probes.estimate import Estimate as Estimate
@@ -23,6 +23,20 @@ from bsjax.probes.hvp import fisher_vector_product as fisher_vector_product
 from bsjax.probes.hvp import gauss_newton_vector_product as gauss_newton_vector_product
 from bsjax.probes.hvp import hessian_block_product as hessian_block_product
 from bsjax.probes.hvp import hessian_vector_product as hessian_vector_product
+from bsjax.probes.keskar import KeskarSharpness as KeskarSharpness
+from bsjax.probes.keskar import keskar_sharpness as keskar_sharpness
+from bsjax.probes.keskar import keskar_sharpness_lbfgsb as keskar_sharpness_lbfgsb
+from bsjax.probes.landscape import TrajectoryPlane as TrajectoryPlane
+from bsjax.probes.landscape import curve_coefficients as curve_coefficients
+from bsjax.probes.landscape import direction_corner as direction_corner
+from bsjax.probes.landscape import filter_normalised as filter_normalised
+from bsjax.probes.landscape import landscape as landscape
+from bsjax.probes.landscape import line_coefficients as line_coefficients
+from bsjax.probes.landscape import lines_coefficients as lines_coefficients
+from bsjax.probes.landscape import plane_coefficients as plane_coefficients
+from bsjax.probes.landscape import stack_corners as stack_corners
+from bsjax.probes.landscape import trajectory_plane as trajectory_plane
+from bsjax.probes.layers import layer_loss as layer_loss
 from bsjax.probes.moments import GradientMoments as GradientMoments
 from bsjax.probes.moments import adam_metric as adam_metric
 from bsjax.probes.moments import gradient_moments as gradient_moments
@@ -38,8 +52,22 @@ from bsjax.probes.per_example import LossFn as LossFn
 from bsjax.probes.per_example import mean_gradient as mean_gradient
 from bsjax.probes.per_example import per_example_grads as per_example_grads
 from bsjax.probes.per_example import per_example_losses as per_example_losses
-from bsjax.probes.spectrum import TopEigenvalue as TopEigenvalue
-from bsjax.probes.spectrum import top_eigenvalue as top_eigenvalue
+from bsjax.probes.preconditioner import adam_preconditioner as adam_preconditioner
+from bsjax.probes.preconditioner import preconditioned as preconditioned
+from bsjax.probes.preconditioner import trust_ratio_preconditioner as trust_ratio_preconditioner
+from bsjax.probes.quadrature import spectral_quadrature as spectral_quadrature
+from bsjax.probes.sharpness import AverageSharpness as AverageSharpness
+from bsjax.probes.sharpness import BatchSharpness as BatchSharpness
+from bsjax.probes.sharpness import GradientCurvature as GradientCurvature
+from bsjax.probes.sharpness import SamSharpness as SamSharpness
+from bsjax.probes.sharpness import average_sharpness as average_sharpness
+from bsjax.probes.sharpness import batch_sharpness as batch_sharpness
+from bsjax.probes.sharpness import gradient_curvature as gradient_curvature
+from bsjax.probes.sharpness import sam_sharpness as sam_sharpness
+from bsjax.probes.spectrum import Eigenpairs as Eigenpairs
+from bsjax.probes.spectrum import eigenpairs as eigenpairs
+from bsjax.probes.trace_estimate import TraceEstimate as TraceEstimate
+from bsjax.probes.trace_estimate import hutchinson_trace as hutchinson_trace
 from bsjax.probes.two_batch import TwoBatchNoise as TwoBatchNoise
 from bsjax.probes.two_batch import accumulated_gradient as accumulated_gradient
 from bsjax.probes.two_batch import device_gradient as device_gradient

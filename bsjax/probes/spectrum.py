@@ -1,112 +1,179 @@
-"""Eigenvalues of an operator that is known only by its products with vectors."""
+"""Eigenpairs of an operator that is known only by its products with vectors."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from bsjax.probes.lanczos import ROUNDING, Tridiagonal, begin, eigensystem, extend, norm, subtract
 from bsjax.types import Array
 
+Matvec = Callable[[Any], Any]
+"""Multiplies a symmetric operator with a pytree, linearly."""
 
-class TopEigenvalue(NamedTuple):
-  """An approximate eigenpair (lambda, v) of an operator A, and how far it is from one.
 
-  Some eigenvalue of A lies within `residual` of `value`, whatever the rounding.
+class Eigenpairs(NamedTuple):
+  """Approximate eigenpairs (theta_i, v_i) of an operator A, and how far each is from one.
+
+  Some eigenvalue of A lies within `residuals[i]` of `values[i]`, whatever the rounding.
   """
 
-  value: Array
-  """lambda, f32[]."""
-  vector: Any
-  """v, of unit norm: a pytree like the start vector."""
-  residual: Array
-  """|A v - lambda v|, f32[], from one product of its own."""
+  values: Array
+  """theta, f[K]: the largest ones, descending, then the smallest ones, ascending."""
+  vectors: Any
+  """v, orthonormal to rounding: a pytree like the start vector with a leading axis K."""
+  residuals: Array
+  """|A v_i - theta_i v_i|, f[K], or a little more."""
   num_matvecs: Array
-  """Products made, i32[], the one for the residual included."""
+  """Products made, i32[], the one that measures the rounding included."""
 
 
-def top_eigenvalue(matvec: Callable[[Any], Any], v0: Any, *, max_matvecs: int, tolerance: float) -> TopEigenvalue:
-  """Find the algebraically largest eigenvalue of a symmetric operator by Lanczos' method.
+def eigenpairs(
+  matvec: Matvec, v0: Any, *, num_top: int = 1, num_bottom: int = 0, max_matvecs: int, tolerance: float | Array
+) -> Eigenpairs:
+  """Find the algebraically largest and smallest eigenvalues of a symmetric operator, with vectors, by Lanczos' method.
 
-  Step k adds one product to an orthonormal basis Q_k of the Krylov space, in which A is the tridiagonal T_k. With
-  (theta, s) the top eigenpair of T_k and beta_k the next off-diagonal entry, the Ritz pair (theta, Q_k s) has residual
-  beta_k |s_k|; the loop ends when that falls to `tolerance * |theta|`. Each new vector is orthogonalised twice
-  against the whole basis, without which rounding breeds copies of the top eigenvalue.
+  Step m adds one product to an orthonormal basis Q_m of the Krylov space, in which A is the tridiagonal T_m. With
+  (theta_i, s_i) an eigenpair of T_m and beta_m the next off-diagonal entry, the Ritz pair (theta_i, v_i = Q_m s_i) has residual
+  beta_m |s_mi|. The loop ends when that falls to `tolerance * |theta_i|` for every pair that is wanted.
+
+  One last product measures the rounding of all pairs together. With signs c_i drawn at random and y = sum_i c_i v_i / sqrt(K),
+
+      r = A y - sum_i c_i (theta_i v_i + beta_m s_mi q_(m+1)) / sqrt(K) = sum_i c_i e_i / sqrt(K),
+      E |r|^2 = mean_i |e_i|^2,        e_i = A v_i - theta_i v_i - beta_m s_mi q_(m+1)
+
+  so |e_i| is at most sqrt(K) |r|, and the residual given is beta_m |s_mi| + sqrt(K) |r|. Exact if a pair is alone in its
+  rounding, sqrt(K) times too much of it if all are alike.
 
   Args:
     matvec: multiplies A with a pytree like `v0`.
-    v0: where to start: a random vector (`optax.tree.random_like`), since a start orthogonal to the top eigenvector
-      misses it.
-    max_matvecs: most products to make, at least 2; one of them checks the residual. Memory: that many times `v0`.
-    tolerance: relative residual that suffices; about 1e-5 is the least that float32 reaches. The eigenvalue itself
-      is more accurate: its error falls with the square of the residual.
+    v0: where to start: a random vector (`optax.tree.random_like`), since an eigenvector orthogonal to the start is missed.
+    num_top, num_bottom: how many from each end.
+    max_matvecs: most products to make, at least num_top + num_bottom + 1. Memory: that many times `v0`, allocated at once.
+    tolerance: relative residual that suffices. Nothing below 20 machine epsilons of the largest |theta| is waited for: rounding
+      lets float32 reach no further, so a pair a hundred times smaller than the largest has a relative residual of 2e-4 at best.
+      The values are more accurate: their error falls with the square of the residual over the gap.
 
   Returns:
-    The eigenpair with its true residual. It converged if `residual <= tolerance * |value|`; where the products ran out
-    first, the residual says so and nothing else does.
+    The pairs with their residuals. A pair converged if `residuals <= tolerance * |values|`; where the products ran out first,
+    the residual says so and nothing else does.
 
   Raises:
-    ValueError: fewer than two products allowed.
+    ValueError: no pair wanted, more than A has, too few products for them, or a start that is zero or not finite (if it is
+      concrete; a traced one gives NaNs).
 
-  Holds: one compiled program under `jit`, which makes only the products it needs; matfree's `tridiag_sym` takes their
-  number beforehand. No more steps than A has rows. A non-finite product ends the loop and gives a NaN.
+  Holds: one compiled program under `jit`, with one copy of `matvec` in it, which makes only the products it needs; no more steps
+  than A has rows. A product that is not finite ends the loop: values and residuals are NaN. A Krylov space holds one vector of
+  each eigenspace, so an eigenvalue counts once, however often A has it, unless the space is exhausted (A of low rank, say, or the
+  identity): then the search goes on from a random direction orthogonal to it, once for each pair wanted at either end, and
+  multiplicities are found. Exhausted
+  means beta_m below 20 machine epsilons of the largest |T_ij|: small beta before it amplify rounding and can hide it, so count on
+  multiplicities only where distinct eigenvalues are few and well apart.
 
-  Source: Lanczos (1950); Golub and Van Loan (2013), section 10.1, for the residual of a Ritz pair.
+  Source: Lanczos (1950); Golub and Van Loan (2013), section 10.1, for the residual of a Ritz pair. matfree's `tridiag_sym` takes
+  the number of products beforehand and orthogonalises twice against all rows, filled or not (docs/bench_curvature.md).
   """
-  if max_matvecs < 2:
-    raise ValueError(f"max_matvecs={max_matvecs} must be at least 2: one product to make, one to check.")
   start, unravel = ravel_pytree(v0)
+  num_pairs = num_top + num_bottom
+  _check(start, num_top, num_bottom, max_matvecs)
   num_steps = min(max_matvecs - 1, start.size)
+  signs = jax.random.rademacher(jax.random.key(0), (num_pairs,), start.dtype) / num_pairs**0.5
 
-  def multiply(vector):
-    return ravel_pytree(matvec(unravel(vector)))[0]
+  def unfinished(state: tuple[Tridiagonal, _Search]) -> Array:
+    return state[1].stage < DONE
 
-  def unfinished(state):
-    step, _, _, _, value, _, residual = state
-    return (step < num_steps) & (residual > tolerance * jnp.abs(value))
+  def advance(state: tuple[Tridiagonal, _Search]) -> tuple[Tridiagonal, _Search]:
+    space, search = state
+    product = ravel_pytree(matvec(unravel(search.vector)))[0].astype(start.dtype)
+    growing = search.stage == GROWING
+    longer, exhausted = extend(space, product, growing)
+    search = search._replace(num_matvecs=search.num_matvecs + 1, num_exhausted=search.num_exhausted + exhausted)
+    growing &= jnp.isfinite(longer.diagonal[space.size])
+    return longer, jax.lax.cond(growing, lambda: look(longer, search), lambda: check(longer, search, product))
 
-  def advance(state):
-    step, basis, diagonal, off_diagonal, _, _, _ = state
-    product = multiply(basis[step])
-    diagonal = diagonal.at[step].set(dot(basis[step], product))
-    for _ in range(2):
-      product -= dot(dot(basis, product), basis)
-    beta = jnp.linalg.norm(product)
-    value, weights = top_ritz_pair(diagonal, off_diagonal, step + 1)
-    basis = basis.at[step + 1].set(jnp.where(beta > 0, product / beta, 0))
-    off_diagonal = off_diagonal.at[step].set(beta)
-    return step + 1, basis, diagonal, off_diagonal, value, weights, beta * jnp.abs(weights[step])
+  def look(space: Tridiagonal, search: _Search) -> _Search:
+    values, vectors = eigensystem(space)
+    wanted = jnp.concatenate([space.size - 1 - jnp.arange(num_top), jnp.arange(num_bottom)])
+    wanted = jnp.clip(wanted, 0, space.size - 1)
+    values, weights = values[wanted], vectors[:, wanted].T
+    misfits = space.off_diagonal[space.size - 1] * weights[:, space.size - 1]
+    largest = jnp.max(jnp.abs(space.diagonal)) + jnp.max(space.off_diagonal)
+    floor = ROUNDING * jnp.finfo(start.dtype).eps * largest
+    small = jnp.all(jnp.abs(misfits) <= jnp.maximum(tolerance * jnp.abs(values), floor))
+    repeated = search.num_exhausted >= max(num_top, num_bottom)
+    converged = (space.size >= num_pairs) & jnp.where(search.num_exhausted > 0, repeated, small)
+    stop = converged | (space.size >= num_steps)
 
-  zeros = jnp.zeros(num_steps, start.dtype)
-  basis = jnp.zeros((num_steps + 1, start.size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
-  unknown = jnp.array(jnp.inf, start.dtype)
-  state = (jnp.array(0), basis, zeros, zeros, jnp.zeros_like(unknown), zeros, unknown)
-  step, basis, _, _, value, weights, _ = jax.lax.while_loop(unfinished, advance, state)
-  vector = dot(weights, basis[:-1])
-  vector /= jnp.linalg.norm(vector)
-  residual = jnp.linalg.norm(multiply(vector) - value * vector)
-  return TopEigenvalue(value, unravel(vector), residual, step + 1)
+    def combine() -> Array:
+      return subtract(space.basis, space.size, -signs @ weights, jnp.zeros_like(start))
+
+    vector = jax.lax.cond(stop, combine, lambda: space.basis[space.size])
+    stage = jnp.where(stop, CHECKING, GROWING)
+    return search._replace(vector=vector, values=values, weights=weights, misfits=misfits, stage=stage)
+
+  def check(space: Tridiagonal, search: _Search, product: Array) -> _Search:
+    explained = ((signs * search.values) @ search.weights).at[space.size].add(signs @ search.misfits)
+    rounding = norm(subtract(space.basis, space.size + 1, explained, product))
+    checked = (search.stage == CHECKING) & jnp.isfinite(rounding)
+    return search._replace(rounding=jnp.where(checked, rounding, jnp.nan), stage=jnp.array(DONE))
+
+  space = begin(start, num_steps)
+  zeros = jnp.zeros(num_pairs, start.dtype)
+  first = _Search(
+    vector=space.basis[0],
+    stage=jnp.array(GROWING),
+    num_matvecs=jnp.array(0, jnp.int32),
+    num_exhausted=jnp.array(0, jnp.int32),
+    values=zeros,
+    weights=jnp.zeros((num_pairs, space.diagonal.size), start.dtype),
+    misfits=zeros,
+    rounding=jnp.array(jnp.nan, start.dtype),
+  )
+  space, search = jax.lax.while_loop(unfinished, advance, (space, first))
+  finite = jnp.isfinite(search.rounding)
+  vectors = jnp.dot(search.weights, space.basis, precision="highest")
+  return Eigenpairs(
+    values=jnp.where(finite, search.values, jnp.nan),
+    vectors=jax.vmap(unravel)(vectors),
+    residuals=jnp.abs(search.misfits) + num_pairs**0.5 * search.rounding,
+    num_matvecs=search.num_matvecs,
+  )
 
 
-def top_ritz_pair(diagonal: Array, off_diagonal: Array, size: Array) -> tuple[Array, Array]:
-  """Find the top eigenpair of the leading block of a tridiagonal matrix.
-
-  The rest of the matrix, f32[K, K], is decoupled and its diagonal put below the block's Gershgorin bound, so that it
-  cannot hold the top eigenvalue and `size` may be traced.
-
-  Returns:
-    The value f32[] and the vector f32[K], zero beyond `size`.
-  """
-  used = jnp.arange(diagonal.size) < size
-  coupling = jnp.where(used[1:], off_diagonal[:-1], 0)
-  bound = jnp.min(diagonal, where=used, initial=jnp.inf) - 2 * jnp.max(jnp.abs(coupling), initial=0)
-  below = bound - jnp.abs(bound) - 1
-  matrix = jnp.diag(jnp.where(used, diagonal, below)) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
-  values, vectors = jnp.linalg.eigh(matrix)
-  return values[-1], vectors[:, -1]
+GROWING, CHECKING, DONE = 0, 1, 2
 
 
-def dot(a: Array, b: Array) -> Array:
-  """Multiply in full precision on every device."""
-  return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+class _Search(NamedTuple):
+  """Where a search stands: the next product is that of `vector`."""
+
+  vector: Array
+  stage: Array
+  num_matvecs: Array
+  num_exhausted: Array
+  values: Array
+  weights: Array
+  """s_i in rows, f[K, rows of the basis]."""
+  misfits: Array
+  """beta_m s_mi, f[K]."""
+  rounding: Array
+
+
+def _check(start: Array, num_top: int, num_bottom: int, max_matvecs: int) -> None:
+  num_pairs = num_top + num_bottom
+  if min(num_top, num_bottom) < 0 or num_pairs < 1:
+    raise ValueError(
+      f"num_top={num_top} and num_bottom={num_bottom} ask for no eigenpair; one of them must be positive."
+    )
+  if num_pairs > start.size:
+    raise ValueError(
+      f"num_top={num_top} and num_bottom={num_bottom} ask for {num_pairs} eigenpairs of an operator that has {start.size}; ask for fewer."
+    )
+  if max_matvecs < num_pairs + 1:
+    raise ValueError(
+      f"max_matvecs={max_matvecs} must be at least {num_pairs + 1}: one product for each pair, one that measures the rounding."
+    )
+  if not isinstance(start, jax.core.Tracer) and not (np.isfinite(size := float(norm(start))) and size > 0):
+    raise ValueError(f"v0 has norm {size}; wanted a finite start that is not zero, such as a random vector.")

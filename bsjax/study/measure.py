@@ -1,7 +1,7 @@
 """What is measured of a trained state: test metrics, sharpness, gradient noise."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,16 +10,16 @@ import numpy as np
 import optax
 
 from bsjax.probes import (
+  Eigenpairs,
   GradientMoments,
   LossFn,
-  TopEigenvalue,
+  eigenpairs,
   finite_moments,
   flat_row,
   gradient_moments,
   hessian_vector_product,
   minibatch_statistics,
   noise_of,
-  top_eigenvalue,
 )
 from bsjax.study.measure_noise import NOISE_CHUNK, check_example_loss
 from bsjax.train import PROBE_STREAM, TrainState, Trial, chunked, evaluate, stream
@@ -34,6 +34,21 @@ examples' gradients are heavy-tailed, and 64 of them say little about their vari
 LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
 
 
+def split_metrics(workload: Workload) -> Callable[[TrainState], dict[str, Any]]:
+  """Builds the row of probe "test": the metrics on the test set, which nothing else ever reads, and on the whole training set."""
+  splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
+  run = jax.jit(functools.partial(evaluate, workload.example_metrics))
+
+  def measure(state: TrainState) -> dict[str, Any]:
+    row: dict[str, Any] = {"probe": "test", "step": int(state.step)}
+    for split, data in splits.items():
+      metrics = jax.device_get(run(state.params, state.model_state, data))
+      row |= {f"{split}_{name}": value for name, value in metrics.items()}
+    return row
+
+  return measure
+
+
 class Measurements:
   """The probes of one workload, with their compiled programs; calling it is the `probe` of `run_trials`.
 
@@ -45,8 +60,7 @@ class Measurements:
     check_example_loss(workload)
     self.workload, self.batch_sizes = workload, batch_sizes
     self.num_examples = len(workload.train)
-    self.splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
-    self._evaluate = jax.jit(functools.partial(evaluate, workload.example_metrics))
+    self._split_metrics = split_metrics(workload)
     self._moments = jax.jit(self._gradient_moments)
     self._minibatches = jax.jit(self._minibatch_statistics)
     self._top = jax.jit(self._top_eigenvalue)
@@ -57,19 +71,15 @@ class Measurements:
     return [row for name in trial.config.probes for row in probes[name](trial, state)]
 
   def test(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
-    """Measures the metrics on the test set, which nothing else ever reads, and on the whole training set."""
+    """Measures the metrics on the test set and on the whole training set."""
     del trial
-    row: dict[str, Any] = {"probe": "test", "step": int(state.step)}
-    for split, data in self.splits.items():
-      metrics = jax.device_get(self._evaluate(state.params, state.model_state, data))
-      row |= {f"{split}_{name}": value for name, value in metrics.items()}
-    yield row
+    yield self._split_metrics(state)
 
   def sharpness(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
     """Measures the largest eigenvalue of the Hessian of the mean training loss, with its residual norm."""
     count = min(len(self.workload.train), HESSIAN_EXAMPLES)
     top = self._top(state, self._first_examples(count), stream(jnp.uint32(trial.seed), PROBE_STREAM))
-    value, residual, num_matvecs = jax.device_get((top.value, top.residual, top.num_matvecs))
+    value, residual, num_matvecs = jax.device_get((top.values[0], top.residuals[0], top.num_matvecs))
     yield {
       "probe": "sharpness",
       "step": int(state.step),
@@ -120,8 +130,8 @@ class Measurements:
   ) -> tuple[Array, Array]:
     return minibatch_statistics(self._loss_fn(state.model_state), state.params, examples, indices, mean_grad)
 
-  def _top_eigenvalue(self, state: TrainState, examples: Batch, key: Key) -> TopEigenvalue:
+  def _top_eigenvalue(self, state: TrainState, examples: Batch, key: Key) -> Eigenpairs:
     loss_fn = self._loss_fn(state.model_state)
     start = optax.tree.random_like(key, state.params, sampler=jax.random.normal)
     matvec = functools.partial(hessian_vector_product, loss_fn, state.params, examples, chunk_size=HESSIAN_CHUNK)
-    return top_eigenvalue(matvec, start, max_matvecs=LANCZOS_STEPS, tolerance=LANCZOS_TOLERANCE)
+    return eigenpairs(matvec, start, max_matvecs=LANCZOS_STEPS, tolerance=LANCZOS_TOLERANCE)
