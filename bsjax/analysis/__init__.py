@@ -3,15 +3,21 @@
 from bsjax.analysis.advice import Advice, advise
 from bsjax.analysis.claim import Claim, Finding
 from bsjax.analysis.claims import JUDGES, judge_all
+from bsjax.analysis.claims_edge import judge_edge_of_stability
+from bsjax.analysis.claims_escape import judge_noise_escapes
 from bsjax.analysis.claims_estimators import judge_estimators_agree
 from bsjax.analysis.claims_gradient_noise import judge_layernorm_predicts_total, judge_noise_grows
+from bsjax.analysis.claims_landscape import judge_sharper_line
 from bsjax.analysis.claims_noise import judge_direction_stable, judge_oscillation, judge_variance_inverse_b
 from bsjax.analysis.claims_rate import judge_linear_scaling, judge_throughput
+from bsjax.analysis.claims_sharpness import judge_flat_generalizes, judge_flat_measures
 from bsjax.analysis.claims_temperature import judge_temperature
 from bsjax.analysis.claims_training import judge_flat_minima, judge_generalizes, judge_more_steps
 from bsjax.analysis.fits import bootstrap_critical_batch_size, bootstrap_slope, fit_steps, knee, loglog_slope
 from bsjax.analysis.measurements import measurements_table
+from bsjax.analysis.phases import split_phases
 from bsjax.analysis.selection import BestRate, best_rate, steps_to_target
+from bsjax.analysis.spectral_density import density
 from bsjax.analysis.table import results_table
 
 __all__ = [
@@ -24,17 +30,23 @@ __all__ = [
   "best_rate",
   "bootstrap_critical_batch_size",
   "bootstrap_slope",
+  "density",
   "fit_steps",
   "judge_all",
   "judge_direction_stable",
+  "judge_edge_of_stability",
   "judge_estimators_agree",
+  "judge_flat_generalizes",
+  "judge_flat_measures",
   "judge_flat_minima",
   "judge_generalizes",
   "judge_layernorm_predicts_total",
   "judge_linear_scaling",
   "judge_more_steps",
+  "judge_noise_escapes",
   "judge_noise_grows",
   "judge_oscillation",
+  "judge_sharper_line",
   "judge_temperature",
   "judge_throughput",
   "judge_variance_inverse_b",
@@ -42,5 +54,6 @@ __all__ = [
   "loglog_slope",
   "measurements_table",
   "results_table",
+  "split_phases",
   "steps_to_target",
 ]

@@ -13,12 +13,14 @@ from bsjax.analysis import (
   judge_temperature,
 )
 from bsjax.analysis.claim import columns
-from bsjax.figures import FIGURES, FURTHER_FIGURES, estimators, noise, study
+from bsjax.figures import FIGURES, FURTHER_FIGURES, dynamics, estimators, landscape, noise, sharpness, study
 from tests.analysis import simulate_noise
 from tests.report.example import make_claim
 
 DRAW = (
-  noise.FIGURES | estimators.FIGURES | {name: draw for more in FURTHER_FIGURES.values() for name, draw in more.items()}
+  noise.FIGURES
+  | estimators.FIGURES
+  | {name: draw for more in noise.FURTHER_FIGURES.values() for name, draw in more.items()}
 )
 
 
@@ -44,7 +46,7 @@ def findings():
   found.append(judge_temperature(simulate_noise.STUDY, simulate_noise.temperature_trials()))
   found.append(coverage_finding())
   by_name = {finding.claim.id: finding for finding in found}
-  return by_name | {name: by_name[claim] for claim, more in FURTHER_FIGURES.items() for name in more}
+  return by_name | {name: by_name[claim] for claim, more in noise.FURTHER_FIGURES.items() for name in more}
 
 
 def _texts(figure):
@@ -63,8 +65,11 @@ def _hollow(axes):
 
 
 def test_every_claim_has_its_figure():
-  assert set(FIGURES) == set(study.FIGURES) | set(noise.FIGURES) | set(estimators.FIGURES)
-  assert set(FURTHER_FIGURES) <= set(noise.FIGURES)
+  rooms = (study, noise, estimators, sharpness, landscape, dynamics)
+  assert set(FIGURES) == {name for room in rooms for name in room.FIGURES}
+  assert len(FIGURES) == sum(len(room.FIGURES) for room in rooms)
+  assert FURTHER_FIGURES == noise.FURTHER_FIGURES | sharpness.FURTHER_FIGURES | landscape.FURTHER_FIGURES
+  assert set(FURTHER_FIGURES) <= set(FIGURES)
   assert not set(DRAW) & set(study.FIGURES)
 
 
