@@ -18,7 +18,7 @@ from absl import flags
 from bsjax.optim import OPTIMIZERS
 from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_noise_plan, run_command, run_noise_study
-from bsjax.study.command import use_compilation_cache
+from bsjax.study.command import numbers_flag, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import WORKLOADS, load_workload, workload_settings
@@ -95,16 +95,6 @@ def run(workload: str = "digits_mlp", out: str | Path = "runs/noise_scale", **op
   return prepare(workload, out, **options)()
 
 
-def _numbers(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:
-  """Reads a list of numbers, each once, ascending."""
-  if texts is None:
-    return None
-  try:
-    return tuple(sorted({kind(text) for text in texts}))
-  except ValueError as error:
-    raise ValueError(f"--{name}={','.join(texts)}, wanted {wanted} separated by commas") from error
-
-
 def _prepare_from_flags() -> Callable[[], Path]:
   use_compilation_cache()
   return prepare(
@@ -114,8 +104,8 @@ def _prepare_from_flags() -> Callable[[], Path]:
     manual_dir=_MANUAL_DIR.value,
     smoke=_SMOKE.value,
     trial_devices=_TRIAL_DEVICES.value,
-    batch_sizes=_numbers("batch_sizes", _BATCH_SIZES.value, int, "whole numbers, such as 8,64,"),
-    learning_rates=_numbers("learning_rates", _LEARNING_RATES.value, float, "numbers, such as 0.05,0.2,"),
+    batch_sizes=numbers_flag("batch_sizes", _BATCH_SIZES.value, int, "whole numbers, such as 8,64,"),
+    learning_rates=numbers_flag("learning_rates", _LEARNING_RATES.value, float, "numbers, such as 0.05,0.2,"),
     num_epochs=_NUM_EPOCHS.value,
     seeds=_SEEDS.value,
     optimizer=_OPTIMIZER.value,

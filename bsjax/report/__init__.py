@@ -8,3 +8,4 @@ from bsjax.report.experiment import Table as Table
 from bsjax.report.experiment import render_experiment as render_experiment
 from bsjax.report.experiment import write_experiment as write_experiment
 from bsjax.report.noise import noise_page as noise_page
+from bsjax.report.sharp import sharp_page as sharp_page

@@ -14,6 +14,11 @@ TITLES = {
   "estimators_agree": "Estimators",
   "layernorm_predicts_total": "Normalisation layers",
   "coverage": "Coverage",
+  "flat_measures": "Flatness by every measure",
+  "flat_generalizes": "Flatness and generalisation",
+  "sharper_line": "Landscapes",
+  "noise_escapes": "Escapes",
+  "edge_of_stability": "Edge of stability",
 }
 
 EXPLANATIONS = {
@@ -45,4 +50,18 @@ EXPLANATIONS = {
   "of small and large batches, which gradient accumulation and data parallelism compute in passing.",
   "layernorm_predicts_total": "The parameters of normalisation layers are few, and the norms of their per-example gradients nearly free.",
   "coverage": "Intervals at the 95 % level, computed for many draws of data whose noise scale is known: how often they contain it.",
+  "flat_measures": "Each measure says how fast the training loss rises around a solution: in the steepest direction (eigenvalues), "
+  "on average (trace, average sharpness), at worst within a box or ball (Keskar, SAM), or along gradients. Adaptive "
+  "ones scale each direction by the weight itself, so that rescaling the layers of a ReLU network does not change "
+  "them; the others can be made large or small without changing the function.",
+  "flat_generalizes": "Kendall's tau is 1 where the flatter of any two solutions always has the smaller test error, -1 where it always "
+  "has the larger one, and 0 where flatness says nothing. It tells what goes together here, not what causes what.",
+  "sharper_line": "The line joins the two solutions and goes on beyond both; the curve joins them on an arc. The planes lie along "
+  "two random directions, scaled filter by filter to the weights, and along the two directions that explain most of "
+  "the way that training took.",
+  "noise_escapes": "Training ended at a solution and was continued with another batch size, at that batch size's own rate; the "
+  "control continued with the same. What the change did is the difference between the two.",
+  "edge_of_stability": "A step of gradient descent overshoots along a direction whose curvature exceeds 2 / learning rate. The largest "
+  "curvature of all is the top Hessian eigenvalue; batch sharpness is the curvature that minibatches meet along "
+  "their own gradients.",
 }

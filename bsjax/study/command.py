@@ -68,6 +68,20 @@ def code_revision() -> str:
   return commit + ("+changes" if status.stdout.strip() else "")
 
 
+def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:
+  """Reads a comma-separated flag as numbers, each once, ascending; None where it was not given.
+
+  Raises:
+    ValueError: not numbers of this `kind`; the message says what was `wanted`.
+  """
+  if texts is None:
+    return None
+  try:
+    return tuple(sorted({kind(text) for text in texts}))
+  except ValueError as error:
+    raise ValueError(f"--{name}={','.join(texts)}, wanted {wanted} separated by commas") from error
+
+
 def _help(documentation: str, module: str, flag_values: flags.FlagValues) -> str:
   lines = [documentation.strip(), "", "flags:"]
   for flag in flag_values.get_key_flags_for_module(module):
