@@ -3,6 +3,7 @@
 Shape letters: P entries of a vector, K rows of a basis, which is filled from the top; rows in use are orthonormal.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from bsjax.types import Array
 
 ROUNDING = 20
 """Machine epsilons, relative to the operator, below which a number is taken for rounding."""
+MOST_PASSES = 5
 KEPT_SHARE = 0.7
 """A pass that leaves less of a vector than this has cancelled, and is repeated."""
 ROWS, LANES, UNROLL = 8, 512, 8
@@ -37,71 +39,73 @@ class Tridiagonal(NamedTuple):
 
 
 def begin(start: Array, num_steps: int) -> Tridiagonal:
-  """Put the normalised start vector f[P] into a basis that has room for `num_steps` steps and one more, to be thrown away."""
-  num_rows = -(-(num_steps + 2) // ROWS) * ROWS
+  """Put the normalised start vector f[P] into a basis that has room for `num_steps` steps."""
+  num_rows = -(-(num_steps + 1) // ROWS) * ROWS
   basis = jnp.zeros((num_rows, start.size), start.dtype).at[0].set(start / norm(start))
   zeros = jnp.zeros(num_rows, start.dtype)
   return Tridiagonal(basis, zeros, zeros, jnp.array(0, jnp.int32))
 
 
-def extend(space: Tridiagonal, product: Array, wanted: Array | bool = True) -> tuple[Tridiagonal, Array]:
+def extend(space: Tridiagonal, product: Array) -> tuple[Tridiagonal, Array]:
   """Make one step, given A q_size f[P].
 
   The three-term recurrence removes the two large components, a classical Gram-Schmidt pass over all rows what rounding left
-  of any; a second pass follows where little remained (Daniel, Gragg, Kaufman and Stewart 1976).
-
-  Args:
-    wanted: bool[]; if false nothing changes but the row beyond those in use, which is the price of a step that may be skipped
-      without `cond`: that would copy the basis.
+  of any; another pass follows where little remained (Daniel, Gragg, Kaufman and Stewart 1976). Where nothing but rounding
+  remained, the space is exhausted: a random direction takes the vector's place, and is orthogonalised in the same loop.
 
   Returns:
-    The longer basis, and whether the space was exhausted: nothing but rounding remained, so beta is 0. A product that is not finite
-    shows in `diagonal[size]`.
+    The longer basis, and whether the space was exhausted: beta is then 0. A product that is not finite shows in `diagonal[size]`.
   """
   basis, diagonal, off_diagonal, size = space
-  count = jnp.where(wanted, size + 1, 0)
-  row, previous = basis[size], jnp.maximum(size - 1, 0)
+  count, previous = size + 1, jnp.maximum(size - 1, 0)
   beta_before = jnp.where(size > 0, off_diagonal[previous], 0)
-  alpha = dot(row, product)
-  rest = product - alpha * row - beta_before * basis[previous]
-  rest, overlap = orthogonalise(basis, count, rest)
-  longer = diagonal.at[size].set(alpha + overlap[size])
-  beta = norm(rest)
-  scale = jnp.maximum(jnp.max(jnp.abs(longer)), jnp.maximum(jnp.max(off_diagonal), beta))
-  exhausted = wanted & ((beta <= ROUNDING * jnp.finfo(rest.dtype).eps * scale) | (size + 1 == rest.size))
+  alpha = dot(basis[size], product)
+  rest = product - alpha * basis[size] - beta_before * basis[previous]
+  scale = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.maximum(jnp.max(off_diagonal), jnp.abs(alpha)))
+  draw = functools.partial(jax.random.normal, jax.random.fold_in(jax.random.key(0), size), rest.shape, rest.dtype)
 
-  def fresh() -> Array:
-    draw = jax.random.normal(jax.random.fold_in(jax.random.key(0), size), rest.shape, rest.dtype)
-    return orthogonalise(basis, count, draw)[0]
+  def unfinished(state: _Rest) -> Array:
+    return state.again & (state.passes < MOST_PASSES)
 
-  rest = jax.lax.cond(exhausted, fresh, lambda: rest)
-  length = norm(rest)  # 0 where the basis is complete
-  basis = basis.at[size + 1].set(rest / jnp.where(length > 0, length, 1))
-  diagonal = jnp.where(wanted, longer, diagonal)
-  off_diagonal = jnp.where(wanted, off_diagonal.at[size].set(jnp.where(exhausted, 0, beta)), off_diagonal)
-  return Tridiagonal(basis, diagonal, off_diagonal, size + wanted), exhausted
+  def sweep(state: _Rest) -> _Rest:
+    found = project(basis, count, state.vector)
+    vector = subtract(basis, count, found, state.vector)
+    after = norm(vector)
+    floor = ROUNDING * jnp.finfo(vector.dtype).eps * jnp.maximum(scale, after)
+    ends = ~state.exhausted & ((after <= floor) | (count == vector.size))
+    vector = jax.lax.cond(ends, draw, lambda: vector)
+    return _Rest(
+      vector=vector,
+      before=jnp.where(ends, jnp.inf, after),
+      overlap=state.overlap + jnp.where(state.exhausted, 0, found[size]),
+      exhausted=state.exhausted | ends,
+      again=ends | (after < KEPT_SHARE * state.before),
+      passes=state.passes + 1,
+    )
+
+  first = _Rest(rest, norm(rest), jnp.zeros_like(alpha), jnp.array(False), jnp.array(True), jnp.array(0, jnp.int32))
+  found = jax.lax.while_loop(unfinished, sweep, first)
+  length = norm(found.vector)  # 0 where the basis is complete
+  longer = Tridiagonal(
+    basis=basis.at[count].set(found.vector / jnp.where(length > 0, length, 1)),
+    diagonal=diagonal.at[size].set(alpha + found.overlap),
+    off_diagonal=off_diagonal.at[size].set(jnp.where(found.exhausted, 0, length)),
+    size=count,
+  )
+  return longer, found.exhausted
 
 
-def orthogonalise(basis: Array, count: Array, vector: Array) -> tuple[Array, Array]:
-  """Remove the first `count` rows from a vector.
+class _Rest(NamedTuple):
+  """What is left of a vector while the basis is removed from it."""
 
-  Returns:
-    The rest f[P] and the components removed f[K].
-  """
-
-  def unfinished(state):
-    _, _, before, after, passes = state
-    return (after < KEPT_SHARE * before) & (passes < 4) & (count > 0)
-
-  def sweep(state):
-    rest, removed, _, before, passes = state
-    found = project(basis, count, rest)
-    rest = subtract(basis, count, found, rest)
-    return rest, removed + found, before, norm(rest), passes + 1
-
-  nothing = jnp.zeros(basis.shape[0], basis.dtype)
-  first = sweep((vector, nothing, jnp.inf, norm(vector), 0))
-  return jax.lax.while_loop(unfinished, sweep, first)[:2]
+  vector: Array
+  before: Array
+  """Its norm before the next pass; infinite where it was just drawn."""
+  overlap: Array
+  """The component along the last row that the passes removed: it belongs to alpha."""
+  exhausted: Array
+  again: Array
+  passes: Array
 
 
 def project(basis: Array, count: Array, vector: Array) -> Array:
@@ -154,31 +158,15 @@ def _project_filled(basis: Array, count: Array, vector: Array) -> Array:
 
 
 def _subtract_filled(basis: Array, count: Array, coefficients: Array, vector: Array) -> Array:
-  """Read the filled rows only, in place, and the vector once: a few thousand entries of it at a time."""
-  width = 4 * LANES * UNROLL
-  num_full, remainder = divmod(vector.size, width)
+  """Read the filled rows only, and in place."""
 
-  def of_columns(start, part):
-    def rows(index, part):
-      for term in range(ROWS):
-        row = index * ROWS + term
-        part -= (
-          jax.lax.dynamic_slice(coefficients, (row,), (1,))
-          * jax.lax.dynamic_slice(basis, (row, jnp.asarray(start, row.dtype)), (1, part.size))[0]
-        )
-      return part
+  def rows(index, rest):
+    for term in range(ROWS):
+      row = index * ROWS + term
+      rest -= coefficients[row] * jax.lax.dynamic_index_in_dim(basis, row, keepdims=False)
+    return rest
 
-    return jax.lax.fori_loop(0, _blocks(count), rows, part)
-
-  def columns(index, vector):
-    start = index * width
-    part = of_columns(start, jax.lax.dynamic_slice(vector, (start,), (width,)))
-    return jax.lax.dynamic_update_slice(vector, part, (start,))
-
-  split = num_full * width
-  if num_full:
-    vector = jax.lax.fori_loop(0, num_full, columns, vector)
-  return vector.at[split:].set(of_columns(split, vector[split:])) if remainder else vector
+  return jax.lax.fori_loop(0, _blocks(count), rows, vector)
 
 
 def _blocks(count: Array) -> Array:

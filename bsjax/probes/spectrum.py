@@ -65,7 +65,7 @@ def eigenpairs(
     ValueError: no pair wanted, more than A has, too few products for them, or a start that is zero or not finite (if it is
       concrete; a traced one gives NaNs).
 
-  Holds: one compiled program under `jit`, with one copy of `matvec` in it, which makes only the products it needs; no more steps
+  Holds: one compiled program under `jit`, with two copies of `matvec` in it, which makes only the products it needs; no more steps
   than A has rows. A product that is not finite ends the loop: values and residuals are NaN. A Krylov space holds one vector of
   each eigenspace, so an eigenvalue counts once, however often A has it, unless the space is exhausted (A of low rank, say, or the
   identity): then the search goes on from a random direction orthogonal to it, once for each pair wanted at either end, and
@@ -82,19 +82,13 @@ def eigenpairs(
   num_steps = min(max_matvecs - 1, start.size)
   signs = jax.random.rademacher(jax.random.key(0), (num_pairs,), start.dtype) / num_pairs**0.5
 
-  def unfinished(state: tuple[Tridiagonal, _Search]) -> Array:
-    return state[1].stage < DONE
+  def unfinished(search: _Search) -> Array:
+    return ~search.done
 
-  def advance(state: tuple[Tridiagonal, _Search]) -> tuple[Tridiagonal, _Search]:
-    space, search = state
-    product = ravel_pytree(matvec(unravel(search.vector)))[0].astype(start.dtype)
-    growing = search.stage == GROWING
-    longer, exhausted = extend(space, product, growing)
-    search = search._replace(num_matvecs=search.num_matvecs + 1, num_exhausted=search.num_exhausted + exhausted)
-    growing &= jnp.isfinite(longer.diagonal[space.size])
-    return longer, jax.lax.cond(growing, lambda: look(longer, search), lambda: check(longer, search, product))
-
-  def look(space: Tridiagonal, search: _Search) -> _Search:
+  def advance(search: _Search) -> _Search:
+    product = multiply(search.space.basis[search.space.size])
+    space, exhausted = extend(search.space, product)
+    num_exhausted = search.num_exhausted + exhausted
     values, vectors = eigensystem(space)
     wanted = jnp.concatenate([space.size - 1 - jnp.arange(num_top), jnp.arange(num_bottom)])
     wanted = jnp.clip(wanted, 0, space.size - 1)
@@ -103,62 +97,42 @@ def eigenpairs(
     largest = jnp.max(jnp.abs(space.diagonal)) + jnp.max(space.off_diagonal)
     floor = ROUNDING * jnp.finfo(start.dtype).eps * largest
     small = jnp.all(jnp.abs(misfits) <= jnp.maximum(tolerance * jnp.abs(values), floor))
-    repeated = search.num_exhausted >= max(num_top, num_bottom)
-    converged = (space.size >= num_pairs) & jnp.where(search.num_exhausted > 0, repeated, small)
-    stop = converged | (space.size >= num_steps)
+    repeated = num_exhausted >= max(num_top, num_bottom)
+    converged = (space.size >= num_pairs) & jnp.where(num_exhausted > 0, repeated, small)
+    done = converged | (space.size >= num_steps) | ~jnp.isfinite(space.diagonal[space.size - 1])
+    return _Search(space, num_exhausted, values, weights, misfits, done)
 
-    def combine() -> Array:
-      return subtract(space.basis, space.size, -signs @ weights, jnp.zeros_like(start))
-
-    vector = jax.lax.cond(stop, combine, lambda: space.basis[space.size])
-    stage = jnp.where(stop, CHECKING, GROWING)
-    return search._replace(vector=vector, values=values, weights=weights, misfits=misfits, stage=stage)
-
-  def check(space: Tridiagonal, search: _Search, product: Array) -> _Search:
-    explained = ((signs * search.values) @ search.weights).at[space.size].add(signs @ search.misfits)
-    rounding = norm(subtract(space.basis, space.size + 1, explained, product))
-    checked = (search.stage == CHECKING) & jnp.isfinite(rounding)
-    return search._replace(rounding=jnp.where(checked, rounding, jnp.nan), stage=jnp.array(DONE))
+  def multiply(vector: Array) -> Array:
+    return ravel_pytree(matvec(unravel(vector)))[0].astype(start.dtype)
 
   space = begin(start, num_steps)
   zeros = jnp.zeros(num_pairs, start.dtype)
-  first = _Search(
-    vector=space.basis[0],
-    stage=jnp.array(GROWING),
-    num_matvecs=jnp.array(0, jnp.int32),
-    num_exhausted=jnp.array(0, jnp.int32),
-    values=zeros,
-    weights=jnp.zeros((num_pairs, space.diagonal.size), start.dtype),
-    misfits=zeros,
-    rounding=jnp.array(jnp.nan, start.dtype),
-  )
-  space, search = jax.lax.while_loop(unfinished, advance, (space, first))
-  finite = jnp.isfinite(search.rounding)
-  vectors = jnp.dot(search.weights, space.basis, precision="highest")
+  weights = jnp.zeros((num_pairs, space.diagonal.size), start.dtype)
+  first = _Search(space, jnp.array(0, jnp.int32), zeros, weights, zeros, jnp.array(False))
+  space, _, values, weights, misfits, _ = jax.lax.while_loop(unfinished, advance, first)
+  product = multiply(subtract(space.basis, space.size, -signs @ weights, jnp.zeros_like(start)))
+  explained = ((signs * values) @ weights).at[space.size].add(signs @ misfits)
+  rounding = norm(subtract(space.basis, space.size + 1, explained, product))
+  finite = jnp.isfinite(rounding)
   return Eigenpairs(
-    values=jnp.where(finite, search.values, jnp.nan),
-    vectors=jax.vmap(unravel)(vectors),
-    residuals=jnp.abs(search.misfits) + num_pairs**0.5 * search.rounding,
-    num_matvecs=search.num_matvecs,
+    values=jnp.where(finite, values, jnp.nan),
+    vectors=jax.vmap(unravel)(jnp.dot(weights, space.basis, precision="highest")),
+    residuals=jnp.where(finite, jnp.abs(misfits) + num_pairs**0.5 * rounding, jnp.nan),
+    num_matvecs=space.size + 1,
   )
-
-
-GROWING, CHECKING, DONE = 0, 1, 2
 
 
 class _Search(NamedTuple):
-  """Where a search stands: the next product is that of `vector`."""
+  """Where a search stands."""
 
-  vector: Array
-  stage: Array
-  num_matvecs: Array
+  space: Tridiagonal
   num_exhausted: Array
   values: Array
   weights: Array
   """s_i in rows, f[K, rows of the basis]."""
   misfits: Array
   """beta_m s_mi, f[K]."""
-  rounding: Array
+  done: Array
 
 
 def _check(start: Array, num_top: int, num_bottom: int, max_matvecs: int) -> None:

@@ -1,7 +1,7 @@
 """What is measured of a trained state: test metrics, sharpness, gradient noise."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,12 +36,19 @@ LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
 
 def split_metrics(workload: Workload) -> Callable[[TrainState], dict[str, Any]]:
   """Builds the row of probe "test": the metrics on the test set, which nothing else ever reads, and on the whole training set."""
-  splits = {"test": chunked(workload.test.arrays), "train": chunked(workload.train.arrays)}
+  return metrics_of("test", workload, {"test": workload.test.arrays, "train": workload.train.arrays})
+
+
+def metrics_of(
+  probe: str, workload: Workload, splits: Mapping[str, Mapping[str, np.ndarray]]
+) -> Callable[[TrainState], dict[str, Any]]:
+  """Builds the row of a probe that measures the metrics on some examples, whose names go before those of the metrics."""
+  cut = {split: chunked(arrays) for split, arrays in splits.items()}
   run = jax.jit(functools.partial(evaluate, workload.example_metrics))
 
   def measure(state: TrainState) -> dict[str, Any]:
-    row: dict[str, Any] = {"probe": "test", "step": int(state.step)}
-    for split, data in splits.items():
+    row: dict[str, Any] = {"probe": probe, "step": int(state.step)}
+    for split, data in cut.items():
       metrics = jax.device_get(run(state.params, state.model_state, data))
       row |= {f"{split}_{name}": value for name, value in metrics.items()}
     return row

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from bsjax.analysis.selection import probe_rows
 from bsjax.probes.leaves import group_leaves, leaf_names
 from bsjax.records import read_record
 from bsjax.study.flatness import (
@@ -22,7 +23,7 @@ from bsjax.study.flatness import (
   program_names,
   spectral_nodes,
 )
-from bsjax.study.measure import split_metrics
+from bsjax.study.measure import metrics_of, split_metrics
 from bsjax.study.sharp_plan import STATISTICS, SharpPlan, Statistics, solution_grid
 from bsjax.train import INIT_STREAM, PROBE_STREAM, TrainState, Trial, restore_final, stream
 from bsjax.types import Batch, Hparams, Key, Params
@@ -114,6 +115,8 @@ class SharpMeasurements:
     self.workload, self.plan, self.folder = workload, plan, folder
     self.names = program_names(workload, plan)
     self.test = split_metrics(workload)
+    first = {name: array[: plan.num_examples] for name, array in workload.train.arrays.items()}
+    self.train = metrics_of("train", workload, {"train": first})
     make = functools.partial(Curvature, workload, mesh, plan.optimizer, num_examples=plan.num_examples)
     self.curvature = make(statistics=plan.statistics)
     self.compared = [make(statistics=name) for name in STATISTICS] if workload.batch_norm != "none" else []
@@ -125,17 +128,20 @@ class SharpMeasurements:
     return [row | {"step": int(state.step)} for row in rows]
 
   def solution(self, trial: Trial, state: TrainState) -> Iterator[Row]:
-    """Measures test and training metrics; and everything at the first checkpoint below the training loss, and at equal epochs.
+    """Measures the training loss on the examples of the curvature; and everything at the first checkpoint where it is below the level,
+    and at equal epochs; test metrics there and at the end.
 
     Whether an earlier checkpoint was below is read from the trial's own rows, so that a resumed trial decides as an uninterrupted one.
     """
-    test = self.test(state)
-    yield test
+    train = self.train(state)
+    yield train
     level = self.plan.train_loss
-    seen = [row["train_loss"] for row in read_record(self.folder / trial.id).probes if row["probe"] == "test"]
-    first_below = test["train_loss"] <= level and not any(loss is not None and loss <= level for loss in seen)
+    seen = [row["train_loss"] for row in probe_rows(read_record(self.folder / trial.id), "train")]
+    first_below = train["train_loss"] <= level and not any(loss is not None and loss <= level for loss in seen)
     at_budget = int(state.step) == solution_grid(self.plan, self.workload, trial.config.batch_size).budget
     phases = [name for name, here in (("level", first_below), ("budget", at_budget)) if here]
+    if phases or int(state.step) == trial.config.num_steps:
+      yield self.test(state)
     measured = list(self.curvature.rows(self.names, trial, state)) if phases else []
     for phase in phases:
       yield from (row | {"phase": phase} for row in measured)

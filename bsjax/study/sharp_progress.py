@@ -65,9 +65,10 @@ class SharpProgress:
 
   def _seconds(self, workload: Workload, config: TrialConfig) -> float:
     step = STEP_SECONDS + 3 * self._forward_seconds(config.batch_size)
-    checkpoint = CHECKPOINT_SECONDS + self._forward_seconds(len(workload.train) + len(workload.test))
-    gradient = 3 * self._forward_seconds(self._num_examples)
     (kind,) = config.probes
+    looked_at = self._num_examples if kind == "solution" else len(workload.train) + len(workload.test)
+    checkpoint = CHECKPOINT_SECONDS + self._forward_seconds(looked_at)
+    gradient = 3 * self._forward_seconds(self._num_examples)
     measured = {
       "solution": 2 * self._num_measures * (MEASURE_SECONDS + MEASURE_GRADIENTS * gradient),
       "escape": len(config.probe_steps) * 3 * (MEASURE_SECONDS + MEASURE_GRADIENTS * gradient),

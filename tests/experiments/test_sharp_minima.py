@@ -68,13 +68,14 @@ def test_every_solution_is_measured_at_both_comparisons(out: Path) -> None:
   found = {(r.trial["config"]["batch_size"], r.trial["rate_part"], r.trial["seed"]) for r in solutions}
   assert found == {(size, part, seed) for size in study["batch_sizes"] for part in (0.25, 1.0) for seed in (0, 1)}
   for record in solutions:
-    tests = {row["step"]: row["train_loss"] for row in record.probes if row["probe"] == "test"}
+    losses = {row["step"]: row["train_loss"] for row in record.probes if row["probe"] == "train"}
+    assert list(losses) == record.trial["config"]["probe_steps"]
     for phase in ("level", "budget"):
       rows = [row for row in record.probes if row["probe"] == "measure" and row["phase"] == phase]
       (step,) = {row["step"] for row in rows}
       assert [row["measure"] for row in rows] == study["measures"]
       if phase == "level":
-        below = [at for at, loss in tests.items() if loss <= study["train_loss_level"]]
+        below = [at for at, loss in losses.items() if loss <= study["train_loss_level"]]
         assert step == min(below) > 0
       else:
         examples = step * record.trial["config"]["batch_size"]

@@ -98,14 +98,15 @@ def test_a_solution_is_measured_once_below_the_level_and_once_at_the_budget(tmp_
     append_rows(tmp_path / trial.id / "probes.jsonl", rows)
     seen.append([(row["probe"], row.get("phase"), row["step"]) for row in rows])
   assert seen == [
-    [("test", None, 1)],
+    [("train", None, 1)],
     [
+      ("train", None, 2),
       ("test", None, 2),
       *((probe, phase, 2) for phase in ("level", "budget") for probe in ("measure", "distance")),
       ("layer", "level", 2),
       ("spectrum", "level", 2),
     ],
-    [("test", None, 4)],
+    [("train", None, 4), ("test", None, 4)],  # the end
   ]
 
 
