@@ -43,8 +43,9 @@ MAX_MATVECS, TOLERANCE = 60, 1e-3
 DEFLATED = 5
 """Top eigenpairs that steady the estimate of the trace."""
 TRACE_PROBES, DENSITY_PROBES, DENSITY_MATVECS = 24, 6, 48
-SUBSPACE_DIM, SUBSPACE_RESTARTS = 100, 1
-"""In a subspace the box has local maxima; in the full space one start found higher maxima than L-BFGS-B in every case (docs)."""
+KESKAR_STEPS, SUBSPACE_DIM, SUBSPACE_RESTARTS = 10, 100, 1
+"""In a subspace the box has local maxima; in the full space one start found higher maxima than L-BFGS-B in every case of
+docs/bench_curvature.md."""
 KESKAR_EPS = {"1e-3": 1e-3, "5e-4": 5e-4}
 SAM_RADIUS, ADAPTIVE_SAM_RADIUS = 0.05, 0.5
 """The defaults of Foret et al. (2021) and of Kwon et al. (2021)."""
@@ -113,7 +114,7 @@ class At(NamedTuple):
   workload: Workload
   mesh: Mesh
   optimizer: str
-  batch_size: int
+  minibatch_size: int
   state: TrainState
   examples: Batch
   key: Key
@@ -198,6 +199,7 @@ def _keskar(at: At, subspace: bool) -> dict[str, Found]:
       key=key,
       eps=eps,
       subspace_dim=dim,
+      num_steps=KESKAR_STEPS,
       num_restarts=SUBSPACE_RESTARTS if subspace else 0,
       chunk_size=at.view.chunk_size,
     )
@@ -221,10 +223,10 @@ def _average(at: At, name: str, radius: float, adaptive: bool) -> dict[str, Foun
 
 
 def _batch_sharpness(at: At) -> dict[str, Found]:
-  """Draws minibatches of the trial's batch size; where examples are groups that share statistics, each is a minibatch already."""
+  """Draws minibatches; where examples are groups that share statistics, each is a minibatch already."""
   num_examples = count_examples(at.examples)
-  size = 1 if at.view.grouped else min(at.batch_size, num_examples)
-  count = min(max(BATCH_EXAMPLES // at.batch_size, FEWEST_BATCHES), MOST_BATCHES)
+  size = 1 if at.view.grouped else min(at.minibatch_size, num_examples)
+  count = min(max(BATCH_EXAMPLES // at.minibatch_size, FEWEST_BATCHES), MOST_BATCHES)
 
   def draw(key: Key) -> Array:
     return jax.random.permutation(key, num_examples)[:size]

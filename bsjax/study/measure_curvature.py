@@ -67,13 +67,17 @@ class Curvature:
     hparams = Hparams(*(jnp.float32(value) for value in trial.hparams))
     return jax.device_get(program(state, self.view.examples, jax.random.fold_in(key, number), hparams))
 
-  def rows(self, names: tuple[str, ...], trial: Trial, state: TrainState) -> Iterator[Row]:
-    """Runs the named `PROGRAMS` and returns a row for each measure, all with the loss and the gradient norm there."""
+  def rows(self, names: tuple[str, ...], trial: Trial, state: TrainState, *, minibatch_size: int = 0) -> Iterator[Row]:
+    """Runs the named `PROGRAMS` and returns a row for each measure, all with the loss and the gradient norm there.
+
+    Args:
+      minibatch_size: of the batch sharpness.
+    """
     loss, grad_norm = self._run(self._program(gradient), trial, state, 0)
     found: dict[str, Any] = {}
     for name in names:
-      batch_size = trial.config.batch_size if name == "batch_sharpness" else 0
-      found |= self._run(self._program(PROGRAMS[name], batch_size), trial, state, list(PROGRAMS).index(name))
+      size = minibatch_size if name == "batch_sharpness" else 0
+      found |= self._run(self._program(PROGRAMS[name], size), trial, state, list(PROGRAMS).index(name))
     for measure in (name for name in ERROR_KINDS if name in found):
       value, error = found[measure]
       yield {
@@ -85,6 +89,7 @@ class Curvature:
         "loss": loss,
         "grad_norm": grad_norm,
         "num_examples": self.view.num_examples,
+        "minibatch_size": minibatch_size if measure == "batch_sharpness" else None,
         "batch_norm": self.statistics,
       }
 
@@ -117,6 +122,7 @@ class SharpMeasurements:
     self.test = split_metrics(workload)
     first = {name: array[: plan.num_examples] for name, array in workload.train.arrays.items()}
     self.train = metrics_of("train", workload, {"train": first})
+    self.glance = metrics_of("test", workload, {"test": workload.test.arrays, "train": first})
     make = functools.partial(Curvature, workload, mesh, plan.optimizer, num_examples=plan.num_examples)
     self.curvature = make(statistics=plan.statistics)
     self.compared = [make(statistics=name) for name in STATISTICS] if workload.batch_norm != "none" else []
@@ -142,7 +148,9 @@ class SharpMeasurements:
     phases = [name for name, here in (("level", first_below), ("budget", at_budget)) if here]
     if phases or int(state.step) == trial.config.num_steps:
       yield self.test(state)
-    measured = list(self.curvature.rows(self.names, trial, state)) if phases else []
+    # One minibatch size for all: batch sharpness falls with it by its definition, and solutions are compared.
+    size = self.workload.preset.reference_batch_size
+    measured = list(self.curvature.rows(self.names, trial, state, minibatch_size=size)) if phases else []
     for phase in phases:
       yield from (row | {"phase": phase} for row in measured)
       yield self._distance(trial, state) | {"phase": phase}
@@ -154,8 +162,9 @@ class SharpMeasurements:
         yield from (row | {"phase": "level"} for row in self.curvature.spectrum(trial, state))
 
   def escape(self, trial: Trial, state: TrainState) -> Iterator[Row]:
-    """Measures test and training metrics, a few measures, and how far the parameters are from where they were."""
-    yield self.test(state)
+    """Measures test and training metrics, the latter on the examples of the curvature, a few measures, and how far the parameters have
+    moved."""
+    yield self.glance(state)
     yield from self.curvature.rows(ALONG_ESCAPES, trial, state)
     yield self._distance(trial, state)
 
@@ -188,5 +197,6 @@ class EdgeMeasurements:
   def __call__(self, trial: Trial, state: TrainState) -> list[Row]:
     """Measures test and training metrics and the curvature, and returns their rows."""
     curvature = self._in_groups(trial.config.batch_size if self.has_batch_norm else None)
-    rows = [self.test(state), *curvature.rows(TOWARDS_THE_EDGE, trial, state)]
+    size = trial.config.batch_size
+    rows = [self.test(state), *curvature.rows(TOWARDS_THE_EDGE, trial, state, minibatch_size=size)]
     return [row | {"step": int(state.step)} for row in rows]

@@ -74,6 +74,7 @@ def test_every_solution_is_measured_at_both_comparisons(out: Path) -> None:
       rows = [row for row in record.probes if row["probe"] == "measure" and row["phase"] == phase]
       (step,) = {row["step"] for row in rows}
       assert [row["measure"] for row in rows] == study["measures"]
+      assert {row["minibatch_size"] for row in rows} == {None, 8}  # the quadratic's reference batch size, for all
       if phase == "level":
         below = [at for at, loss in losses.items() if loss <= study["train_loss_level"]]
         assert step == min(below) > 0

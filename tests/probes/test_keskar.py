@@ -232,5 +232,5 @@ def test_more_dimensions_than_parameters(method):
 
 
 def test_needs_a_step():
-  with pytest.raises(ValueError, match="num_steps=0, num_restarts=1: wanted at least 1 and 0"):
+  with pytest.raises(ValueError, match="num_steps=0, num_restarts=0: wanted at least 1 and 0"):
     measure(bowl, np.ones(2), examples_of([1.0, 1.0]), KEY, 1e-3, num_steps=0)

@@ -43,7 +43,7 @@ def test_closed_forms_of_the_quadratic(tmp_path):
   workload, plan = quadratic_study()
   trial, state = trial_at(workload, solution_config(plan, workload, 8), W)
   curvature = Curvature(workload, make_mesh(trial=1), "sgd", num_examples=512, statistics="running")
-  rows = {row["measure"]: row for row in curvature.rows(program_names(workload, plan), trial, state)}
+  rows = {row["measure"]: row for row in curvature.rows(program_names(workload, plan), trial, state, minibatch_size=8)}
   assert list(rows) == [name for name in ERROR_KINDS if name not in ("gauss_newton_top", "preconditioned_top")]
   centers = workload.train.arrays["center"].astype(np.float64)
   loss = 0.5 * np.mean(np.sum(SPECTRUM * (W - centers) ** 2, axis=1))
@@ -70,6 +70,7 @@ def test_closed_forms_of_the_quadratic(tmp_path):
   assert all(row["grad_norm"] == pytest.approx(np.linalg.norm(GRADIENT), rel=1e-5) for row in rows.values())
   assert all(row["loss"] == pytest.approx(loss, rel=1e-5) for row in rows.values())
   assert {row["batch_norm"] for row in rows.values()} == {"none"}
+  assert {name for name, row in rows.items() if row["minibatch_size"] == 8} == {"batch_sharpness"}
   assert {name: row["error_kind"] for name, row in rows.items()}.items() <= ERROR_KINDS.items()
 
 
@@ -81,7 +82,7 @@ def test_a_solution_is_measured_once_below_the_level_and_once_at_the_budget(tmp_
     "Few",
     (),
     {
-      "rows": lambda self, names, trial, state: iter([{"probe": "measure"}]),
+      "rows": lambda self, names, trial, state, minibatch_size: iter([{"probe": "measure"}]),
       "layers": lambda self, trial, state: iter([{"probe": "layer"}]),
       "spectrum": lambda self, trial, state: iter([{"probe": "spectrum"}]),
     },
@@ -168,6 +169,7 @@ def test_the_edge_measures_with_the_statistics_of_its_own_batches():
     "batch_sharpness",
     "gradient_curvature",
   ]
+  assert rows[2]["minibatch_size"] == 4
   assert {row["num_examples"] for row in rows[1:]} == {36}  # nine groups of 4 of the 37
   top = rows[1]
 
