@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bsjax.analysis import Finding, density
 from bsjax.figures import style
@@ -35,15 +35,20 @@ def draw_spectra(finding: Finding) -> Figure:
   largest = np.max(np.abs(nodes[known]))
   grid = np.linspace(nodes[known].min() - 4 * WIDTH * largest, nodes[known].max() + 4 * WIDTH * largest, GRID_POINTS)
   for axes, part in zip(panels, unique_parts, strict=True):
+    heights = []
     for size, color in zip(unique_sizes, style.shades(len(unique_sizes)), strict=True):
       here = known & (parts == part) & (sizes == size)
       if here.any():
-        _draw_density(axes, draws[here], nodes[here], weights[here], grid, WIDTH * largest, color, f"B = {int(size):,}")
+        label = f"B = {int(size):,}"
+        heights.append(
+          _draw_density(axes, draws[here], nodes[here], weights[here], grid, WIDTH * largest, color, label)
+        )
     axes.set_yscale("log")
+    axes.set_ylim(FLOOR * max(heights), 2 * max(heights))
     axes.set_xscale("symlog", linthresh=WIDTH * largest, linscale=0.5)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(grid, WIDTH * largest)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.format_tick(value)))
-    highest = axes.get_ylim()[1]
-    axes.set_ylim(FLOOR * highest, highest)
     style.describe(
       axes,
       caption=f"{part:g} × the rule's rate; one solution per batch size, {len(np.unique(draws))} probe vectors each",
@@ -63,7 +68,8 @@ def _draw_density(
   width: float,
   color: object,
   label: str,
-) -> None:
+) -> float:
+  """Draw one curve and its band, and return the highest point of the curve."""
   rows = [draws == draw for draw in np.unique(draws)]
   mean, low, high = density(
     np.stack([nodes[row] for row in rows]), np.stack([weights[row] for row in rows]), grid, width
@@ -71,3 +77,10 @@ def _draw_density(
   shown = np.maximum(mean, np.finfo(float).tiny)
   axes.plot(grid, shown, color=color, linewidth=1.4, label=label)
   axes.fill_between(grid, np.maximum(low, np.finfo(float).tiny), high, color=color, alpha=0.15, linewidth=0)
+  return float(mean.max())
+
+
+def _ticks(grid: np.ndarray, linear: float) -> list[float]:
+  """Return 0 and the powers of ten on either side that lie clear of the linear part of the axis."""
+  powers = 10.0 ** np.arange(np.ceil(np.log10(3 * linear)), np.floor(np.log10(np.max(np.abs(grid)))) + 1)
+  return [0.0, *(tick for power in powers for tick in (power, -power) if grid[0] <= tick <= grid[-1])]

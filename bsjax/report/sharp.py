@@ -30,10 +30,28 @@ def sharp_page(study: Mapping[str, Any], records: Sequence[Record], findings: Se
     lead=f"{study['workload']} has {study['num_params']:,} parameters and was trained on {study['train_size']:,} examples of "
     f"{study['dataset']}, to the same training loss and for equal epochs. Every solution was measured by {len(study['measures'])} "
     f"measures of curvature and flatness on {_examples(study)}.",
-    answer=f"{flat.reading} {ranks.reading}",
+    answer=_answer(flat, ranks),
     tables=[table for table in tables if table.rows],
     fixed=_held_fixed(study),
   )
+
+
+def _answer(flat: Finding, ranks: Finding) -> str:
+  """Say in two sentences by how many measures small batches end flatter, and what flatness says of the test error."""
+  phases, verdicts = flat.series["slope_phase"], flat.series["slope_verdict"]
+  if not len(phases) or not (verdicts != "inconclusive").any():
+    return f"{flat.reading} {ranks.reading}"
+  clauses = []
+  for phase, words in PHASES.items():
+    here = verdicts[phases == phase].tolist()
+    yes, no = here.count("holds"), here.count("fails")
+    clauses.append(f"{words} by {yes} of {len(here)} measures, and not by {no}")
+  outcome = {
+    "holds": "Flatness by at least one measure ranks the test error",
+    "fails": "Flatness by none of the measures ranks the test error",
+    "inconclusive": "Whether flatness by any measure ranks the test error is left open",
+  }[ranks.claim.verdict]
+  return f"Small batches end flatter {'; '.join(clauses)}; the rest is left open. {outcome}, at equal training loss."
 
 
 def _examples(study: Mapping[str, Any]) -> str:
@@ -59,11 +77,12 @@ def _measures_table(study: Mapping[str, Any], flat: Finding, phase: str) -> Tabl
     if of_phase == phase:
       ends = at(measure, small), at(measure, large)
       ratio = ends[1] / ends[0] if ends[0] and ends[1] else None
-      rows.append((measure_label(measure), *ends, ratio, (slope, low, high), verdict))
+      answer = {"holds": "yes", "fails": "no", "inconclusive": "open"}[verdict]
+      rows.append((measure_label(measure), *ends, ratio, (slope, low, high), answer))
   return Table(
     f"Measures of flatness {PHASES[phase]}: geometric means over rates and seeds at the smallest and the largest batch size, and the slope "
     "of log(measure) against log(batch size) over all, with its 95 % interval. A positive slope says that small batches end flatter.",
-    ("Measure", f"B = {small:,}", f"B = {large:,}", "Ratio", "Slope", "Flatter for small batches"),
+    ("Measure", f"B = {small:,}", f"B = {large:,}", "Ratio", "Slope", "Flatter?"),
     rows if len(series["phase"]) else [],
   )
 
@@ -101,7 +120,7 @@ def _statistics_table(study: Mapping[str, Any], records: Sequence[Record]) -> Ta
   found: dict[tuple[str, str], dict[int, list[float]]] = {}
   for size in sizes:
     for row in _rows_of(records, size, "measure"):
-      if row["phase"] == "statistics" and is_number(row["value"]) and row["value"] > 0:
+      if row.get("phase") == "statistics" and is_number(row["value"]) and row["value"] > 0:
         found.setdefault((row["measure"], row["batch_norm"]), {}).setdefault(size, []).append(row["value"])
 
   def mean(values: dict[int, list[float]], size: int) -> float | None:
