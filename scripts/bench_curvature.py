@@ -73,7 +73,7 @@ BOXES = (1e-3, 5e-4)
 RESTARTS = (0, 1)
 
 HVP_CASES = ("hvp_mlp512", "hvp_cnn", "hvp_transformer", "hvp_block8_mlp512")
-TOP_CASES = {"top1_mlp512": (1, 30), "top10_mlp512": (10, 60)}
+TOP_CASES = {"top1_mlp512": (1, 20), "top10_mlp512": (10, 40)}
 """Eigenvalues, and the products that our side may make at most; it holds that many vectors."""
 KESKAR_CASES = ("keskar_mlp512", "keskar_cnn")
 CASES = (*HVP_CASES, *TOP_CASES, *KESKAR_CASES)

@@ -45,13 +45,13 @@ def _answer(flat: Finding, ranks: Finding) -> str:
   for phase, words in PHASES.items():
     here = verdicts[phases == phase].tolist()
     yes, no = here.count("holds"), here.count("fails")
-    clauses.append(f"{words} by {yes} of {len(here)} measures, and not by {no}")
+    clauses.append(f"{words} yes by {yes} of {len(here)} measures, no by {no}, open by {len(here) - yes - no}")
   outcome = {
     "holds": "Flatness by at least one measure ranks the test error",
     "fails": "Flatness by none of the measures ranks the test error",
     "inconclusive": "Whether flatness by any measure ranks the test error is left open",
   }[ranks.claim.verdict]
-  return f"Small batches end flatter {'; '.join(clauses)}; the rest is left open. {outcome}, at equal training loss."
+  return f"Do small batches end flatter? {'; '.join(clauses)}. {outcome}, at equal training loss.".replace("? at", "? At")
 
 
 def _examples(study: Mapping[str, Any]) -> str:
