@@ -43,6 +43,8 @@ MAX_MATVECS, TOLERANCE = 60, 1e-3
 DEFLATED = 5
 """Top eigenpairs that steady the estimate of the trace."""
 TRACE_PROBES, DENSITY_PROBES, DENSITY_MATVECS = 24, 6, 48
+LAYER_MATVECS, LAYER_PROBES = 40, 12
+"""A network has many layers: each is looked at with fewer products."""
 KESKAR_STEPS, SUBSPACE_DIM, SUBSPACE_RESTARTS = 10, 100, 1
 """In a subspace the box has local maxima; in the full space one start found higher maxima than L-BFGS-B in every case of
 docs/bench_curvature.md."""
@@ -253,9 +255,8 @@ def layer_block(at: At, layer: str) -> tuple[Array, Array, Array, Array]:
   product = functools.partial(hessian_vector_product, loss_fn, chunk_size=at.view.chunk_size)
   matvec = functools.partial(over_mesh(product, at.mesh), params, at.examples)
   start = optax.tree.random_like(at.key, params, sampler=jax.random.normal)
-  num_top = min(DEFLATED, count_parameters(params))
-  pairs = eigenpairs(matvec, start, num_top=num_top, max_matvecs=MAX_MATVECS, tolerance=TOLERANCE)
-  trace = hutchinson_trace(matvec, params, at.key, num_probes=TRACE_PROBES, deflate=pairs)
+  pairs = eigenpairs(matvec, start, max_matvecs=LAYER_MATVECS, tolerance=TOLERANCE)
+  trace = hutchinson_trace(matvec, params, at.key, num_probes=LAYER_PROBES, deflate=pairs)
   return pairs.values[0], pairs.residuals[0], trace.value, trace.sem
 
 

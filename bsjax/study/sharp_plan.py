@@ -16,7 +16,7 @@ Statistics = Literal["running", "batch", "ghost"]
 STATISTICS: tuple[Statistics, ...] = ("running", "batch", "ghost")
 """Which batch-norm statistics a measure uses: running averages; those of groups as large as Keskar et al.'s; those of groups of 32."""
 ROWS_PER_TRIAL = 512
-"""Training loss is looked at on a grid of about this many steps, denser early on: see `geometric_steps`."""
+"""Checkpoints lie on a grid of at most about this many steps, denser early on: see `geometric_steps`."""
 CHECKPOINTS, ESCAPE_CHECKPOINTS, EDGE_CHECKPOINTS = 96, 10, 20
 RATE_PARTS = (1 / 4, 1.0)
 """Rates of a batch size, as parts of the square-root rule's from the workload's preset."""
@@ -127,6 +127,17 @@ def geometric_steps(num_steps: int, every: int, count: int) -> tuple[int, ...]:
   return tuple(every * int(row) for row in sorted({0, *points, rows}))
 
 
+def steps_between_rows(workload: Workload, num_steps: int, batch_size: int, checkpoints: int) -> int:
+  """Chooses the steps between two rows, each of which evaluates the validation set.
+
+  A row costs no more than the steps before it (2 P V against 6 P B each), as long as that leaves `checkpoints` of them; and there are
+  no more than about `ROWS_PER_TRIAL`.
+  """
+  finest = max(1, num_steps // ROWS_PER_TRIAL)
+  affordable = -(-len(workload.validation) // (3 * batch_size))
+  return max(finest, min(affordable, num_steps // checkpoints))
+
+
 class Grid(NamedTuple):
   """The steps of a batch size's solutions: all of them, those between two evaluations, and where equal epochs are compared."""
 
@@ -139,7 +150,7 @@ def solution_grid(plan: SharpPlan, workload: Workload, batch_size: int) -> Grid:
   """Counts the steps of the solutions of a batch size, in whole evaluation intervals."""
   budget = max(1, round(plan.num_epochs * len(workload.train) / batch_size))
   longer = max(budget, plan.num_steps)
-  every = max(1, min(longer // ROWS_PER_TRIAL, budget))
+  every = min(steps_between_rows(workload, longer, batch_size, CHECKPOINTS), budget)
   return Grid(longer - longer % every, every, budget - budget % every)
 
 
@@ -170,8 +181,8 @@ def extreme_part(plan: SharpPlan) -> float:
 def escape_config(plan: SharpPlan, workload: Workload, batch_size: int) -> TrialConfig:
   """Builds the configuration of a stretch from a minimiser: the same examples for every batch size, checkpoints from step 0 on."""
   steps = max(1, round(ESCAPE_PART * plan.num_epochs * len(workload.train) / batch_size))
-  every = max(1, steps // ROWS_PER_TRIAL)
-  steps = max(every, steps - steps % every)
+  every = steps_between_rows(workload, steps, batch_size, ESCAPE_CHECKPOINTS)
+  steps -= steps % every
   return TrialConfig(
     workload=workload.name,
     batch_size=batch_size,
@@ -214,8 +225,8 @@ def edge_rates(plan: SharpPlan, workload: Workload) -> tuple[float, ...]:
 
 def edge_config(plan: SharpPlan, workload: Workload, batch_size: int) -> TrialConfig:
   """Builds the configuration of plain gradient descent at one batch size: equal steps for all."""
-  every = max(1, plan.num_steps // ROWS_PER_TRIAL)
-  steps = max(every, plan.num_steps - plan.num_steps % every)
+  every = steps_between_rows(workload, plan.num_steps, edge_batch_sizes(plan)[0], EDGE_CHECKPOINTS)
+  steps = plan.num_steps - plan.num_steps % every
   return TrialConfig(
     workload=workload.name,
     batch_size=batch_size,

@@ -3,13 +3,11 @@
 import functools
 import math
 import zlib
-from unittest import mock
 
 import numpy as np
 
 from bsjax.analysis.claims_escape import BRANCHES
 from bsjax.records import Record
-from tests.analysis import checks
 
 TRAIN_SIZE = 4096
 STUDY = {"workload": "simulated", "train_size": TRAIN_SIZE}
@@ -21,18 +19,6 @@ START = {"small": 20.0, "large": 120.0}
 """Largest Hessian eigenvalue of the two minimisers."""
 FACTORS = {"large_small": 0.3, "small_large": 2.5, "large_large": 1.1, "small_small": 0.95}
 """What each branch comes to, over where it starts."""
-SERIES = {
-  "noise_escapes": "branch seed batch_size learning_rate step examples_seen top_eigenvalue converged keskar trace test_accuracy distance"
-  " factor_branch factor_measure factor factor_low factor_high factor_seeds",
-  "edge_of_stability": "batch_size learning_rate seed step examples_seen top_eigenvalue ratio batch_ratio gradient_ratio"
-  " trial_batch_size trial_learning_rate trial_seed peak plateau plateau_share batch_peak batch_plateau state full_batch_size",
-}
-
-
-def check(finding, claim_id, verdict):
-  """Checks what every finding must satisfy."""
-  with mock.patch.dict(checks.SERIES, SERIES):
-    checks.check(finding, claim_id, verdict)
 
 
 def record(kind, size, rate, seed, num_steps, probes, *, state="complete", **provenance) -> Record:

@@ -1,10 +1,6 @@
 """Rows of landscapes with a known answer: parabolas around two solutions."""
 
-from unittest import mock
-
 import numpy as np
-
-from tests.analysis import checks
 
 STUDY = {"workload": "simulated", "escape": {"small": 32, "large": 1024}}
 SEEDS = (0, 1, 2, 3, 4)
@@ -13,21 +9,6 @@ GRID = np.linspace(-1, 1, 9)
 STEEPNESS = {"line": 0.2, "curve": 0.7, "random": 0.5}
 """Loss around a small-batch solution: floor + steepness x distance^2."""
 FLOOR = {"small": 0.01, "large": 0.04}
-SERIES = {
-  "sharper_line": "path seed alpha train_loss train_accuracy test_loss test_accuracy"
-  " rise_path rise_seed rise_small rise_large factor_path factor factor_low factor_high factor_seeds"
-  " plane_solution plane_x plane_y plane_train_loss plane_train_accuracy plane_test_loss plane_test_accuracy"
-  " random_solution random_direction random_x random_train_loss random_train_accuracy random_test_loss random_test_accuracy"
-  " trajectory_solution trajectory_x trajectory_y trajectory_train_loss trajectory_train_accuracy trajectory_test_loss"
-  " trajectory_test_accuracy checkpoint_solution checkpoint_x checkpoint_y checkpoint_step checkpoint_explained_x"
-  " checkpoint_explained_y small_batch_size large_batch_size batch_norm"
-}
-
-
-def check(finding, verdict):
-  """Checks what every finding must satisfy."""
-  with mock.patch.dict(checks.SERIES, SERIES):
-    checks.check(finding, "sharper_line", verdict)
 
 
 def row(name, loss, *, batch_norm="none", **point) -> dict:

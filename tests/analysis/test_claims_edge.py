@@ -7,7 +7,8 @@ import pytest
 
 from bsjax.analysis.claims_edge import judge_edge_of_stability, running_median
 from tests.analysis import simulate_dynamics
-from tests.analysis.simulate_dynamics import EDGE_RATES, EDGE_SIZES, EDGE_STEPS, STUDY, TRAIN_SIZE, check, edge_trials
+from tests.analysis.checks import check
+from tests.analysis.simulate_dynamics import EDGE_RATES, EDGE_SIZES, EDGE_STEPS, STUDY, TRAIN_SIZE, edge_trials
 
 CLAIM = "edge_of_stability"
 

@@ -13,7 +13,8 @@ from bsjax.analysis.claims_escape import (
   settled_difference,
 )
 from tests.analysis import simulate_dynamics
-from tests.analysis.simulate_dynamics import FACTORS, STUDY, check, escape_trials
+from tests.analysis.checks import check
+from tests.analysis.simulate_dynamics import FACTORS, STUDY, escape_trials
 
 CLAIM = "noise_escapes"
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from bsjax.analysis.claims_landscape import judge_sharper_line, rise_around
-from tests.analysis.simulate_landscape import ALPHAS, SEEDS, STUDY, check, factors, paths, surroundings
+from tests.analysis.checks import check
+from tests.analysis.simulate_landscape import ALPHAS, SEEDS, STUDY, factors, paths, surroundings
+
+CLAIM = "sharper_line"
 
 T_FOUR = 2.7764451
 """The quantile of Student's t at 97.5 % with four degrees of freedom, from a table."""
@@ -15,7 +18,7 @@ T_FOUR = 2.7764451
 def test_the_factor_and_its_interval_are_those_put_in():
   """Parabolas: the rise is steepness x mean of d^2, so the ratio is that of the steepnesses, seed by seed."""
   finding = judge_sharper_line(STUDY, paths(factors(3.0)) | surroundings())
-  check(finding, "holds")
+  check(finding, CLAIM, "holds")
   half = T_FOUR * 0.1 / math.sqrt(5)
   claim = finding.claim
   assert [claim.measured, claim.ci_low, claim.ci_high] == pytest.approx(
@@ -64,7 +67,7 @@ def test_the_series_hold_every_point():
 def test_verdicts(factor, spread, verdict):
   """Reversed, none at all and known to be none, not known, and small but certain."""
   finding = judge_sharper_line(STUDY, paths(factors(factor, spread=spread)))
-  check(finding, verdict)
+  check(finding, CLAIM, verdict)
   assert finding.claim.measured == pytest.approx(factor)
   assert ("not sharper" in finding.reading, "left open" in finding.reading) == (
     verdict == "fails",
@@ -74,22 +77,22 @@ def test_verdicts(factor, spread, verdict):
 
 def test_the_curve_does_not_decide():
   finding = judge_sharper_line(STUDY, paths(factors(3.0), curve=0.1))
-  check(finding, "holds")
+  check(finding, CLAIM, "holds")
   assert "on the curve 0.10" in finding.reading
 
 
 def test_one_seed_is_refused():
   finding = judge_sharper_line(STUDY, paths([3.0]))
-  check(finding, "inconclusive")
+  check(finding, CLAIM, "inconclusive")
   assert (finding.claim.measured, finding.claim.ci_low, finding.claim.n) == (pytest.approx(3), None, 1)
   assert "one seed gives no interval, two would" in finding.reading
-  check(judge_sharper_line(STUDY, paths([3.0, 3.1])), "holds")
+  check(judge_sharper_line(STUDY, paths([3.0, 3.1])), CLAIM, "holds")
 
 
 @pytest.mark.parametrize("rows", [{}, surroundings(), {"line_0": []}])
 def test_nothing_is_said_so(rows):
   finding = judge_sharper_line({}, rows)
-  check(finding, "inconclusive")
+  check(finding, CLAIM, "inconclusive")
   assert finding.claim.measured is None
   assert finding.reading.startswith("The loss on the line between a small-batch and a large-batch solution was not")
   assert len(finding.series["path"]) == 0
@@ -112,10 +115,10 @@ def test_a_seed_without_a_ratio_is_not_left_out():
   far = spoil(rows, "line_2", lambda row: None if row["x"] < -0.3 else row["train_loss"])
   for changed in (*falling, lost):
     finding = judge_sharper_line(STUDY, changed)
-    check(finding, "inconclusive")
+    check(finding, CLAIM, "inconclusive")
     assert finding.claim.measured is None
     assert "the loss does not rise, or is not known, around a solution of seed 2;" in finding.reading
-  check(judge_sharper_line(STUDY, far), "holds")
+  check(judge_sharper_line(STUDY, far), CLAIM, "holds")
 
 
 def test_the_rise_is_the_mean_on_both_sides():
@@ -129,7 +132,7 @@ def test_the_rise_is_the_mean_on_both_sides():
 
 def test_the_statistics_are_named():
   finding = judge_sharper_line({}, paths(factors(3.0), batch_norm="reestimated"))
-  check(finding, "holds")
+  check(finding, CLAIM, "holds")
   assert finding.series["batch_norm"] == "batch norm: statistics re-estimated at every point"
   assert finding.reading.endswith("; batch norm: statistics re-estimated at every point.")
   assert "around large-batch solutions as around small-batch ones" in finding.reading

@@ -18,23 +18,8 @@ from bsjax.analysis.solutions import MAX_RELATIVE_SEM, MEASURE_LABELS, measure_l
 from tests.analysis import checks
 from tests.analysis import simulate_sharpness as simulate
 
-POINTS = "phase measure batch_size rate_part seed value error grad_norm train_loss test_error test_loss used batch_norm"
-SERIES = {
-  "flat_measures": f"{POINTS} slope_phase slope_measure slope slope_low slope_high slope_verdict slope_points slope_cells"
-  " spectrum_batch_size spectrum_rate_part spectrum_draw spectrum_node spectrum_weight",
-  "flat_generalizes": f"{POINTS} tau_measure tau_verdict tau_points level"
-  + "".join(
-    f" {kind}tau {kind}tau_low {kind}tau_high" for kind in ("", "test_loss_", "partial_", "granulated_", "control_")
-  ),
-}
 JUDGED = [measure for measure in simulate.MEASURES if measure != "bottom_eigenvalue"]
 STUDY = simulate.make_study()
-
-
-@pytest.fixture(autouse=True)
-def known_series(monkeypatch):
-  for claim_id, names in SERIES.items():
-    monkeypatch.setitem(checks.NOISE_SERIES, claim_id, names)
 
 
 def judged(judge, claim_id, verdict, records, study=STUDY):

@@ -16,6 +16,7 @@ from bsjax.study.sharp_plan import (
   rule_rate,
   solution_config,
   solution_grid,
+  steps_between_rows,
 )
 from bsjax.workloads import load_workload
 
@@ -44,6 +45,20 @@ def test_both_comparisons_happen_at_checkpoints(name):
     escape = escape_config(plan, workload, size)
     assert escape.probe_steps[0] == 0
     assert escape.probe_steps[-1] == escape.num_steps
+
+
+@pytest.mark.parametrize(
+  ("num_steps", "batch_size", "checkpoints", "every"),
+  [
+    (32_768, 4, 96, 64),  # digits: 386 / 12 = 33 steps pay for a row, and 512 rows are enough
+    (2_000, 16, 96, 9),  # 386 / 48 = 9
+    (2_000, 4, 96, 20),  # 33 would leave 60 checkpoints
+    (50, 4, 96, 1),
+    (1_024, 1024, 20, 2),
+  ],
+)
+def test_rows_are_paid_for_by_the_steps_before_them(num_steps, batch_size, checkpoints, every):
+  assert steps_between_rows(load_workload("digits_mlp"), num_steps, batch_size, checkpoints) == every
 
 
 def test_geometric_steps_grow_by_a_constant_factor_where_the_grid_allows():
