@@ -16,9 +16,8 @@ from typing import Any
 from absl import flags
 
 from bsjax.optim import OPTIMIZERS, SCALING_RULES, SCHEDULES
-from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_plan, run_command, run_study
-from bsjax.study.command import use_compilation_cache
+from bsjax.study.command import claim_folder, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import WORKLOADS, load_workload, workload_settings
@@ -66,14 +65,11 @@ def prepare(
   check_example_loss(loaded)
   plan = make_plan(loaded, **overrides)
   mesh = make_mesh(trial=trial_devices)
-  out = Path(out)
-  open_folder(out, {"experiment": "batch_size_study"} | workload_settings(workload) | plan.__dict__)
-
-  def run_all() -> Path:
-    with lock_folder(out):
-      return run_study(loaded, plan, out, mesh=mesh, environment=describe_environment())
-
-  return run_all
+  return claim_folder(
+    out,
+    {"experiment": "batch_size_study"} | workload_settings(workload) | plan.__dict__,
+    lambda folder: run_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
+  )
 
 
 def run(workload: str = "digits_mlp", out: str | Path = "runs/batch_size_study", **options: Any) -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
-from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, run_command
+from bsjax.study.command import claim_folder
 from bsjax.study.coverage import NOISE_SCALES, PROBLEMS, make_cells, run_coverage
 
 SMOKE_DRAWS, SMOKE_NOISE_SCALES = 20, (1e1, 1e3)
@@ -37,15 +37,12 @@ def prepare(out: str | Path, *, num_draws: int | None = None, smoke: bool = Fals
   if num_draws < 1:
     raise ValueError(f"--num_draws={num_draws}, wanted at least 1; 1000 and more to judge the claim")
   noise_scales = SMOKE_NOISE_SCALES if smoke else NOISE_SCALES
-  out = Path(out)
-  open_folder(out, {"experiment": "noise_coverage", "num_draws": num_draws, "noise_scales": list(noise_scales)})
-
-  def run_all() -> Path:
-    with lock_folder(out):
-      cells = make_cells(tuple(PROBLEMS), noise_scales, num_draws)
-      return run_coverage(cells, out, environment=describe_environment())
-
-  return run_all
+  cells = make_cells(tuple(PROBLEMS), noise_scales, num_draws)
+  return claim_folder(
+    out,
+    {"experiment": "noise_coverage", "num_draws": num_draws, "noise_scales": list(noise_scales)},
+    lambda folder: run_coverage(cells, folder, environment=describe_environment()),
+  )
 
 
 def run(out: str | Path = "runs/noise_coverage", *, num_draws: int | None = None, smoke: bool = False) -> Path:

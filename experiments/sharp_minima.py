@@ -18,9 +18,8 @@ from typing import Any
 from absl import flags
 
 from bsjax.optim import OPTIMIZERS
-from bsjax.records import lock_folder, open_folder
 from bsjax.study import describe_environment, make_sharp_plan, run_command, run_sharp_study
-from bsjax.study.command import numbers_flag, use_compilation_cache
+from bsjax.study.command import claim_folder, numbers_flag, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.study.sharp_plan import STATISTICS
 from bsjax.train import make_mesh
@@ -92,14 +91,11 @@ def prepare(
     overrides = {"batch_sizes": (sizes[len(sizes) // 2], sizes[-1])} | SMOKE | given
   plan = make_sharp_plan(loaded, **overrides)
   mesh = make_mesh(trial=trial_devices)
-  out = Path(out)
-  open_folder(out, {"experiment": "sharp_minima"} | workload_settings(workload) | plan.__dict__)
-
-  def run_all() -> Path:
-    with lock_folder(out):
-      return run_sharp_study(loaded, plan, out, mesh=mesh, environment=describe_environment())
-
-  return run_all
+  return claim_folder(
+    out,
+    {"experiment": "sharp_minima"} | workload_settings(workload) | plan.__dict__,
+    lambda folder: run_sharp_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
+  )
 
 
 def run(workload: str = "digits_mlp", out: str | Path = "runs/sharp_minima", **options: Any) -> Path:

@@ -51,7 +51,9 @@ def _answer(flat: Finding, ranks: Finding) -> str:
     "fails": "Flatness by none of the measures ranks the test error",
     "inconclusive": "Whether flatness by any measure ranks the test error is left open",
   }[ranks.claim.verdict]
-  return f"Do small batches end flatter? {'; '.join(clauses)}. {outcome}, at equal training loss.".replace("? at", "? At")
+  return f"Do small batches end flatter? {'; '.join(clauses)}. {outcome}, at equal training loss.".replace(
+    "? at", "? At"
+  )
 
 
 def _examples(study: Mapping[str, Any]) -> str:

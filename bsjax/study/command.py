@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from bsjax.records import RecordError
+from bsjax.records import RecordError, lock_folder, open_folder
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 SHOWN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
@@ -66,6 +66,22 @@ def code_revision() -> str:
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
   return commit + ("+changes" if status.stdout.strip() else "")
+
+
+def claim_folder(out: str | Path, settings: dict[str, Any], run: Callable[[Path], Path]) -> Callable[[], Path]:
+  """Claims `out` for an experiment with these settings, before a step is made, and returns the run, which holds the folder's lock.
+
+  Raises:
+    RecordError: the folder belongs to other settings, holds something else, or cannot be written.
+  """
+  folder = Path(out)
+  open_folder(folder, settings)
+
+  def locked() -> Path:
+    with lock_folder(folder):
+      return run(folder)
+
+  return locked
 
 
 def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:
