@@ -20,7 +20,7 @@ FLOOR = 1e-5
 
 
 def draw_spectra(finding: Finding) -> Figure:
-  """Draw the spectral density at equal training loss, one panel per part of the rule's rate, one curve per batch size.
+  """Draw the spectral density at equal training loss, one panel per part of the rule's rate, for the smallest and the largest batch size.
 
   Curve: mean over the probe vectors of stochastic Lanczos quadrature; band: its 95 % interval over them.
   """
@@ -30,13 +30,13 @@ def draw_spectra(finding: Finding) -> Figure:
   known = np.isfinite(nodes) & np.isfinite(weights)
   if not known.any():
     return no_data(QUESTION, finding)
-  unique_parts, unique_sizes = np.unique(parts[known]), np.unique(sizes[known])
+  unique_parts, ends = np.unique(parts[known]), np.unique([sizes[known].min(), sizes[known].max()])
   figure, panels = style.new_figure(QUESTION, num_panels=len(unique_parts))
   largest = np.max(np.abs(nodes[known]))
   grid = np.linspace(nodes[known].min() - 4 * WIDTH * largest, nodes[known].max() + 4 * WIDTH * largest, GRID_POINTS)
   for axes, part in zip(panels, unique_parts, strict=True):
     heights = []
-    for size, color in zip(unique_sizes, style.shades(len(unique_sizes)), strict=True):
+    for size, color in zip(ends, (style.BLUE, style.VERMILION), strict=False):
       here = known & (parts == part) & (sizes == size)
       if here.any():
         label = f"B = {int(size):,}"
@@ -51,11 +51,11 @@ def draw_spectra(finding: Finding) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.format_tick(value)))
     style.describe(
       axes,
-      caption=f"{part:g} × the rule's rate; one solution per batch size, {len(np.unique(draws))} probe vectors each",
+      caption=f"{part:g} × the rule's rate; one solution each, {len(np.unique(draws))} probe vectors",
       x_label="eigenvalue (symmetric log scale)",
       y_label="density (log scale)",
     )
-  style.add_legend(figure, num_columns=len(unique_sizes))
+  style.add_legend(figure)
   return figure
 
 
