@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from problems import classifier
 
 from bsjax.records import append_rows, create_trial
+from bsjax.study import flatness
 from bsjax.study.flatness import ERROR_KINDS, group_size, make_view, program_names
 from bsjax.study.measure_curvature import Curvature, EdgeMeasurements, SharpMeasurements
 from bsjax.study.sharp_plan import escape_config, make_sharp_plan, solution_config, solution_grid
@@ -38,8 +39,9 @@ def trial_at(workload, config, w=None, *, step=0):
   return trial, state
 
 
-def test_closed_forms_of_the_quadratic(tmp_path):
+def test_closed_forms_of_the_quadratic(monkeypatch):
   """L(w) = w'Hw/2 + const: every measure has a formula. The radii are the study's, squares of which are written out."""
+  monkeypatch.setattr(flatness, "AVERAGE_DRAWS", 1024)  # an error of some 2 %, which tells plain from adaptive noise
   workload, plan = quadratic_study()
   trial, state = trial_at(workload, solution_config(plan, workload, 8), W)
   curvature = Curvature(workload, make_mesh(trial=1), "sgd", num_examples=512, statistics="running")
@@ -62,6 +64,8 @@ def test_closed_forms_of_the_quadratic(tmp_path):
   # Random draws: four standard errors, of a mean over draws and of a mean over batches.
   average = rows["average"]
   assert abs(average["value"] - 0.5 * 0.01**2 * SPECTRUM.sum()) < 4 * average["error"] + 1e-7
+  adaptive = rows["adaptive_average"]
+  assert abs(adaptive["value"] - 0.5 * 0.05**2 * SPECTRUM @ W**2) < 4 * adaptive["error"] + 1e-7
   draw = np.random.default_rng(0)
   batches = np.stack([grads[draw.permutation(512)[:8]].mean(0) for _ in range(20_000)])
   quotients = np.sum(SPECTRUM * batches**2, axis=1) / np.sum(batches**2, axis=1)
