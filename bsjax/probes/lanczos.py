@@ -77,18 +77,17 @@ def extend(space: Tridiagonal, product: Array) -> tuple[Tridiagonal, Array]:
     return _Rest(
       vector=vector,
       before=jnp.where(ends, jnp.inf, after),
-      overlap=state.overlap + jnp.where(state.exhausted, 0, found[size]),
       exhausted=state.exhausted | ends,
       again=ends | (after < KEPT_SHARE * state.before),
       passes=state.passes + 1,
     )
 
-  first = _Rest(rest, norm(rest), jnp.zeros_like(alpha), jnp.array(False), jnp.array(True), jnp.array(0, jnp.int32))
+  first = _Rest(rest, norm(rest), jnp.array(False), jnp.array(True), jnp.array(0, jnp.int32))
   found = jax.lax.while_loop(unfinished, sweep, first)
   length = norm(found.vector)  # 0 where the basis is complete
   longer = Tridiagonal(
     basis=basis.at[count].set(found.vector / jnp.where(length > 0, length, 1)),
-    diagonal=diagonal.at[size].set(alpha + found.overlap),
+    diagonal=diagonal.at[size].set(alpha),
     off_diagonal=off_diagonal.at[size].set(jnp.where(found.exhausted, 0, length)),
     size=count,
   )
@@ -101,8 +100,6 @@ class _Rest(NamedTuple):
   vector: Array
   before: Array
   """Its norm before the next pass; infinite where it was just drawn."""
-  overlap: Array
-  """The component along the last row that the passes removed: it belongs to alpha."""
   exhausted: Array
   again: Array
   passes: Array
