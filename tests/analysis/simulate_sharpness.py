@@ -86,3 +86,9 @@ def solutions(
           error, loss = 0.02 * math.exp(latent / 4), LEVEL * (1 - 0.1 * rng.random())
           records.append(solution(phase, size, part, seed, values, test_error=error, train_loss=loss))
   return records
+
+
+def rows(records, measure, phase=None):
+  """Returns the rows of one measure, for a test to change."""
+  chosen = [record for record in records if phase in (None, record.trial["phase"])]
+  return [row for record in chosen for row in record.probes if row.get("measure") == measure]
