@@ -20,6 +20,7 @@ from bsjax.probes.hessian_noise import randomised_hessian_moments as randomised_
 from bsjax.probes.hvp import OutputLossFn as OutputLossFn
 from bsjax.probes.hvp import OutputsFn as OutputsFn
 from bsjax.probes.hvp import fisher_vector_product as fisher_vector_product
+from bsjax.probes.hvp import gauss_newton_block_product as gauss_newton_block_product
 from bsjax.probes.hvp import gauss_newton_vector_product as gauss_newton_vector_product
 from bsjax.probes.hvp import hessian_block_product as hessian_block_product
 from bsjax.probes.hvp import hessian_vector_product as hessian_vector_product

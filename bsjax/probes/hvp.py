@@ -96,17 +96,56 @@ def gauss_newton_vector_product(
   """
 
   def chunk_fn(chunk):
-    def outputs(params):
-      return jax.vmap(outputs_fn, (None, 0))(params, chunk)
-
-    def loss_grad(z):
-      return jax.grad(lambda z: jnp.sum(jax.vmap(output_loss_fn)(z, chunk)))(z)
-
-    z, push = jax.linearize(outputs, params)
-    curved = jax.jvp(loss_grad, (z,), (push(vector),))[1]
-    return jax.linear_transpose(push, params)(curved)[0]
+    return _gauss_newton(outputs_fn, output_loss_fn, params, chunk)(vector)
 
   return _mean(chunk_fn, examples, chunk_size)
+
+
+def gauss_newton_block_product(
+  outputs_fn: OutputsFn,
+  output_loss_fn: OutputLossFn,
+  params: Params,
+  examples: Batch,
+  vectors: Params,
+  *,
+  chunk_size: int,
+) -> Params:
+  """Multiply the Gauss-Newton matrix of the mean loss with each of K vectors.
+
+  The model is linearised once a chunk, for all K.
+
+  Args:
+    vectors: a pytree like `params` with a leading axis K on every leaf; the rest as for `gauss_newton_vector_product`.
+
+  Returns:
+    C v_k like `vectors`.
+  """
+
+  def chunk_fn(chunk):
+    return jax.lax.map(_gauss_newton(outputs_fn, output_loss_fn, params, chunk), vectors)
+
+  return _mean(chunk_fn, examples, chunk_size)
+
+
+def _gauss_newton(
+  outputs_fn: OutputsFn, output_loss_fn: OutputLossFn, params: Params, chunk: Batch
+) -> Callable[[Params], Params]:
+  """Linearise the model at the parameters; return v -> sum_i J_i' (grad_z^2 l_i) J_i v over the chunk."""
+
+  def outputs(params):
+    return jax.vmap(outputs_fn, (None, 0))(params, chunk)
+
+  def loss_grad(z):
+    return jax.grad(lambda z: jnp.sum(jax.vmap(output_loss_fn)(z, chunk)))(z)
+
+  z, push = jax.linearize(outputs, params)
+  _, curve = jax.linearize(loss_grad, z)
+  pull = jax.linear_transpose(push, params)
+
+  def multiply(vector):
+    return pull(curve(push(vector)))[0]
+
+  return multiply
 
 
 def fisher_vector_product(

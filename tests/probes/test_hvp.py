@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from bsjax.models import cnn, mlp, vit
 from bsjax.probes import (
   fisher_vector_product,
+  gauss_newton_block_product,
   gauss_newton_vector_product,
   hessian_block_product,
   hessian_vector_product,
@@ -126,17 +127,20 @@ def test_products_equal_dense_matrices(kind):
     def products(params, examples, vector, block):
       return (
         hessian_vector_product(loss_fn, params, examples, vector, chunk_size=3),
-        hessian_block_product(loss_fn, params, examples, block, chunk_size=3),
+        hessian_block_product(loss_fn, params, examples, block, chunk_size=7),
         gauss_newton_vector_product(outputs_fn, output_loss_fn, params, examples, vector, chunk_size=3),
+        gauss_newton_block_product(outputs_fn, output_loss_fn, params, examples, block, chunk_size=7),
         fisher_vector_product(loss_fn, params, examples, vector, chunk_size=3),
       )
 
-    one, several, *others = products(params, examples, unravel(vectors[0]), block)
+    flat = lambda tree: ravel_pytree(tree)[0]  # noqa: E731
+    h_one, h_block, c_one, c_block, f_one = products(params, examples, unravel(vectors[0]), block)
     found = {
-      "hessian": (ravel_pytree(one)[0], hessian @ vectors[0]),
-      "block": (jax.vmap(lambda tree: ravel_pytree(tree)[0])(several), vectors @ hessian),
-      "gauss_newton": (ravel_pytree(others[0])[0], gauss_newton @ vectors[0]),
-      "fisher": (ravel_pytree(others[1])[0], fisher @ vectors[0]),
+      "hessian": (flat(h_one), hessian @ vectors[0]),
+      "hessian, block": (jax.vmap(flat)(h_block), vectors @ hessian),
+      "gauss_newton": (flat(c_one), gauss_newton @ vectors[0]),
+      "gauss_newton, block": (jax.vmap(flat)(c_block), vectors @ gauss_newton),
+      "fisher": (flat(f_one), fisher @ vectors[0]),
     }
     for name, (got, want) in found.items():
       # Some hundreds of roundings of 1e-16 along each route.
@@ -155,7 +159,7 @@ def test_gauss_newton_is_the_hessian_of_a_linear_model_and_misses_a_nonlinear_mo
 PROGRAM = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from bsjax.models import cnn
-from bsjax.probes import hessian_block_product, hessian_vector_product, over_mesh
+from bsjax.probes import gauss_newton_block_product, gauss_newton_vector_product, hessian_block_product, hessian_vector_product, over_mesh
 
 jax.config.update("jax_enable_x64", True)
 mesh = jax.make_mesh((2, 4), ("trial", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -163,19 +167,27 @@ model = cnn((4, 4, 1), 3, channels=(2, 3))
 rng = np.random.default_rng(0)
 params = jax.tree.map(lambda x: np.asarray(x, np.float64), model.init(jax.random.key(0)).params)
 
-def loss_fn(params, example):
-  logits = model.apply(params, {}, example["image"][None], train=False)[0][0]
+def outputs_fn(params, example):
+  return model.apply(params, {}, example["image"][None], train=False)[0][0]
+
+def output_loss_fn(logits, example):
   return jax.nn.logsumexp(logits) - logits[example["label"]]
+
+def loss_fn(params, example):
+  return output_loss_fn(outputs_fn(params, example), example)
 
 vector = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
 block = jax.tree.map(lambda x: np.stack([x, 2 * x]), vector)
-for product, at, count in (
-  (hessian_vector_product, vector, 24),
-  (hessian_vector_product, vector, 22),  # no multiple of 4 devices
-  (hessian_block_product, block, 24),
+model_fns = (outputs_fn, output_loss_fn)
+for product, functions, at, count in (
+  (hessian_vector_product, (loss_fn,), vector, 24),
+  (hessian_vector_product, (loss_fn,), vector, 22),  # no multiple of 4 devices
+  (hessian_block_product, (loss_fn,), block, 24),
+  (gauss_newton_vector_product, model_fns, vector, 24),
+  (gauss_newton_block_product, model_fns, block, 24),
 ):
   examples = {"image": rng.normal(size=(count, 4, 4, 1)), "label": rng.integers(0, 3, count)}
-  mean_fn = functools.partial(product, loss_fn, chunk_size=4)
+  mean_fn = functools.partial(product, *functions, chunk_size=4)
   spread = jax.jit(over_mesh(mean_fn, mesh))
   want, got = jax.jit(mean_fn)(params, examples, at), spread(params, examples, at)
   gap = max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (want, got))))
@@ -190,7 +202,7 @@ def test_spread_over_devices_equals_one_device():
   done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   rows = dict(line.split(": ") for line in done.stdout.splitlines())
-  assert len(rows) == 3
+  assert len(rows) == 5
   for name, row in rows.items():
     gap, reduced = row.split()
     assert float(gap) < 1e-13, name  # sums of 24 numbers of order 1 in another order, float64
