@@ -1,9 +1,7 @@
 """The figures of sharpness along training draw what the findings hold, leave out what has not converged, and cover nothing."""
 
-import matplotlib
 import numpy as np
 import pytest
-from matplotlib import pyplot
 
 from bsjax.analysis import Finding
 from bsjax.analysis.claims_edge import PEAK_HIGH, PEAK_LOW, judge_edge_of_stability
@@ -20,6 +18,7 @@ from tests.analysis.simulate_dynamics import (
   edge_trials,
   escape_trials,
 )
+from tests.figures.drawn import assert_draws_cleanly, line_of, texts_of
 from tests.report.example import make_claim
 
 GEOMETRIC_PARTS = (0, *(2.0**-k for k in range(6, -1, -1)))
@@ -40,15 +39,6 @@ def findings():
   return {finding.claim.id: finding for finding in found}
 
 
-def _texts(figure):
-  return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
-def _line(axes, label):
-  (found,) = [line for line in axes.lines if str(line.get_label()) == label]
-  return found
-
-
 def _means(series, at, x, y, *, geometric=True):
   """Returns the points of the mean over seeds, computed from the series."""
   places = np.unique(series[x][at])
@@ -63,23 +53,7 @@ def _assert_draws(line, x, y):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_covered_or_cut_and_no_global_state_changes(name, findings):
-  settings = dict(matplotlib.rcParams)
-  figure = FIGURES[name](findings[name])
-  assert pyplot.get_fignums() == []
-  assert dict(matplotlib.rcParams) == settings
-  figure.draw_without_rendering()
-  (legend,) = figure.legends
-  frame = legend.get_window_extent()
-  boxes = [axes.get_tightbbox() for axes in figure.axes]
-  assert not any(frame.overlaps(box) for box in boxes)
-  # One pixel at 160 dpi: text is placed to whole pixels.
-  assert all(left.x1 <= right.x0 + 1 for left, right in zip(boxes, boxes[1:], strict=False))
-  inside, pixel = figure.get_tightbbox(), 1 / figure.dpi
-  width, height = figure.get_size_inches()
-  assert inside.x0 >= -pixel
-  assert inside.y0 >= -pixel
-  assert inside.x1 <= width + pixel
-  assert inside.y1 <= height + pixel
+  assert_draws_cleanly(FIGURES[name], findings[name])
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -91,7 +65,7 @@ def test_empty_series_say_so(name, keep_keys, findings):
     if keep_keys and np.ndim(array)
   }
   figure = FIGURES[name](Finding(make_claim(name, verdict="inconclusive"), series, "nothing was measured"))
-  assert "no data: nothing was measured" in _texts(figure)
+  assert "no data: nothing was measured" in texts_of(figure)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -102,7 +76,7 @@ def test_a_single_point_is_drawn(name, place, findings):
   }
   figure = FIGURES[name](findings[name]._replace(series=series))
   figure.draw_without_rendering()
-  assert "no data" not in _texts(figure)
+  assert "no data" not in texts_of(figure)
   drawn = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
   assert len(drawn) >= 2
 
@@ -114,7 +88,7 @@ def test_the_four_branches_are_means_over_seeds(findings):
     panels, ("top_eigenvalue", "distance", "test_accuracy"), (True, False, False), strict=True
   ):
     for branch, (label, color, dashes) in BRANCH_LABELS.items():
-      line = _line(axes, label)
+      line = line_of(axes, label)
       assert (line.get_color(), line.get_linestyle()) == (color, dashes)
       at = series["branch"] == branch
       _assert_draws(line, *_means(series, at, "examples_seen", name, geometric=geometric))
@@ -139,7 +113,7 @@ def test_unconverged_eigenvalues_are_not_drawn_and_are_counted():
   axes = FIGURES["noise_escapes"](finding).axes[0]
   assert "1 not converged, left out" in axes.get_title(loc="left")
   assert max(line.get_ydata().max() for line in axes.lines) < 1000
-  line = _line(axes, BRANCH_LABELS["large_small"][0])
+  line = line_of(axes, BRANCH_LABELS["large_small"][0])
   # The mean is one of all seeds, or it is not drawn: there it would jump.
   steps = [row["step"] for row in rows]
   np.testing.assert_allclose(line.get_xdata(), [32 * step for i, step in enumerate(steps) if i != 2])
@@ -168,7 +142,7 @@ def test_every_batch_size_at_the_middle_rate_on_one_scale(findings):
   for axes, name in zip(figure.axes[1:], ("ratio", "batch_ratio"), strict=True):
     for size in EDGE_SIZES:
       at = (series["batch_size"] == size) & (series["learning_rate"] == EDGE_RATES[1])
-      _assert_draws(_line(axes, f"B = {size:,}"), *_means(series, at, "step", name))
+      _assert_draws(line_of(axes, f"B = {size:,}"), *_means(series, at, "step", name))
     (band,) = axes.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((PEAK_LOW, PEAK_HIGH))
     assert f"rate {EDGE_RATES[1]:g}" in axes.get_title(loc="left")

@@ -3,13 +3,13 @@
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib import pyplot
 from mpl_toolkits.mplot3d import Axes3D
 
 from bsjax.analysis.claims_landscape import judge_sharper_line
 from bsjax.figures import landscape
 from bsjax.figures.landscape import FIGURES, FURTHER_FIGURES
 from tests.analysis.simulate_landscape import FLOOR, GRID, STUDY, factors, paths, surroundings
+from tests.figures.drawn import assert_draws_cleanly, line_of, texts_of
 
 DRAW = FIGURES | FURTHER_FIGURES["sharper_line"]
 
@@ -24,38 +24,14 @@ def drawn(finding):
   return {name: draw(finding) for name, draw in DRAW.items()}
 
 
-def _texts(figure):
-  return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
-def _line(axes, label):
-  (found,) = [line for line in axes.lines if str(line.get_label()) == label]
-  return found
-
-
 @pytest.mark.parametrize("name", DRAW)
 def test_nothing_is_covered_or_cut_and_no_global_state_changes(name, finding):
-  settings = dict(matplotlib.rcParams)
-  figure = DRAW[name](finding)
-  assert pyplot.get_fignums() == []
-  assert dict(matplotlib.rcParams) == settings
-  figure.draw_without_rendering()
-  (legend,) = figure.legends
-  frame = legend.get_window_extent()
-  for axes in figure.axes:
-    assert not frame.overlaps(axes.get_tightbbox()), f"the legend covers {axes}"
-  inside, pixel = figure.get_tightbbox(), 1 / figure.dpi
-  width, height = figure.get_size_inches()
-  # One pixel at 160 dpi: text is placed to whole pixels.
-  assert inside.x0 >= -pixel
-  assert inside.y0 >= -pixel
-  assert inside.x1 <= width + pixel
-  assert inside.y1 <= height + pixel
+  assert_draws_cleanly(DRAW[name], finding)
 
 
 @pytest.mark.parametrize("name", DRAW)
 def test_the_statistics_are_named(name, drawn):
-  assert "statistics re-estimated at every point" in _texts(drawn[name])
+  assert "statistics re-estimated at every point" in texts_of(drawn[name])
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -64,7 +40,7 @@ def test_empty_series_say_so(name, keep_keys, finding):
   series = {
     key: np.zeros(0, np.asarray(array).dtype) for key, array in finding.series.items() if keep_keys and np.ndim(array)
   }
-  assert "no data: " in _texts(DRAW[name](finding._replace(series=series)))
+  assert "no data: " in texts_of(DRAW[name](finding._replace(series=series)))
 
 
 @pytest.mark.parametrize("missing", ["line", "curve", "random", "trajectory", "path", "large"])
@@ -73,7 +49,7 @@ def test_what_is_missing_hinders_nothing_else(missing):
   rows = {name: row for name, row in (paths(factors(3.0)) | surroundings()).items() if missing not in name}
   finding = judge_sharper_line({}, rows)
   without = {"random": 3, "line": 1, "trajectory": 1}.get(missing, 0)
-  texts = [_texts(draw(finding)) for draw in DRAW.values()]
+  texts = [texts_of(draw(finding)) for draw in DRAW.values()]
   assert sum("no data: " in text for text in texts) == without
 
 
@@ -87,8 +63,8 @@ def test_a_loss_that_is_not_known_is_a_gap():
   for draw in DRAW.values():
     figure = draw(finding)
     figure.draw_without_rendering()
-    assert "no data" not in _texts(figure)
-  line = _line(DRAW["sharper_line"](finding).axes[0], "train loss")
+    assert "no data" not in texts_of(figure)
+  line = line_of(DRAW["sharper_line"](finding).axes[0], "train loss")
   assert np.isnan(line.get_ydata()[line.get_xdata() <= -0.75]).all()
   assert np.isfinite(line.get_ydata()[line.get_xdata() > -0.75]).all()
 
@@ -96,7 +72,7 @@ def test_a_loss_that_is_not_known_is_a_gap():
 def test_single_points_are_no_surface(finding):
   series = {key: array[:1] if np.ndim(array) else array for key, array in finding.series.items()}
   one = finding._replace(series=series)
-  assert ["no data: " in _texts(draw(one)) for draw in DRAW.values()] == [False, True, True, False, True]
+  assert ["no data: " in texts_of(draw(one)) for draw in DRAW.values()] == [False, True, True, False, True]
 
 
 def test_the_lines_are_the_means_of_the_seeds(drawn, finding):
@@ -105,14 +81,14 @@ def test_the_lines_are_the_means_of_the_seeds(drawn, finding):
   for axes, right, path in ((line, accuracies[0], "line"), (curve, accuracies[1], "curve")):
     for split in ("train", "test"):
       for metric, panel in (("loss", axes), ("accuracy", right)):
-        drawn_line = _line(panel, f"{split} {metric}")
+        drawn_line = line_of(panel, f"{split} {metric}")
         at = series["path"] == path
         want = [np.mean(series[f"{split}_{metric}"][at & (series["alpha"] == x)]) for x in np.unique(series["alpha"])]
         np.testing.assert_allclose(drawn_line.get_ydata(), want)
         assert drawn_line.get_linestyle() == {"train": "-", "test": "--"}[split]
     assert axes.get_yscale() == "log"
     assert len(axes.lines) == 2 * (5 + 1)  # each seed, and the mean, of training and test
-  above = _line(rises, "around large batch, B = 1,024")
+  above = line_of(rises, "around large batch, B = 1,024")
   np.testing.assert_allclose(above.get_xdata(), [-0.25, -0.125, 0, 0.125, 0.25])
   steepness = 0.2 * np.mean(factors(3.0))
   np.testing.assert_allclose(above.get_ydata(), steepness * np.array([4, 1, 0, 1, 4]) / 64, atol=1e-12)
@@ -165,7 +141,7 @@ def test_surfaces_have_the_height_of_the_loss(finding, monkeypatch):
 def test_random_lines_are_the_means_of_the_directions(drawn):
   axes = drawn["landscape_random_lines"].axes[0]
   for solution, size, factor in (("small", "32", 1), ("large", "1,024", 2)):
-    line = _line(axes, f"{solution} batch, B = {size}: train")
+    line = line_of(axes, f"{solution} batch, B = {size}: train")
     want = FLOOR[solution] + factor * 0.5 * np.mean([1 / 1.5, 1, 1.5]) * GRID**2
     np.testing.assert_allclose(line.get_ydata(), want)
   assert "each of 3 directions" in axes.get_title(loc="left")
@@ -173,10 +149,10 @@ def test_random_lines_are_the_means_of_the_directions(drawn):
 
 def test_the_trajectory_lies_on_its_plane(drawn):
   axes = drawn["landscape_trajectory"].axes[0]
-  path = _line(axes, "checkpoints")
+  path = line_of(axes, "checkpoints")
   np.testing.assert_allclose(path.get_xdata(), 1.5 * np.array([1, 0.6, 0.3, 0.1, 0]))
-  assert _line(axes, "start of training").get_xydata().tolist() == [[1.5, 0.8]]
-  assert _line(axes, "its end").get_xydata().tolist() == [[0, 0]]
+  assert line_of(axes, "start of training").get_xydata().tolist() == [[1.5, 0.8]]
+  assert line_of(axes, "its end").get_xydata().tolist() == [[0, 0]]
   assert "90 %" in axes.get_xlabel()
   assert "8 %" in axes.get_ylabel()
   assert axes.get_xlim() == (-2, 2)

@@ -1,9 +1,7 @@
 """The figures of gradient noise draw what the findings hold, mark what is not identifiable, and cover nothing."""
 
-import matplotlib
 import numpy as np
 import pytest
-from matplotlib import pyplot
 
 from bsjax.analysis import (
   Finding,
@@ -15,6 +13,7 @@ from bsjax.analysis import (
 from bsjax.analysis.claim import columns
 from bsjax.figures import FIGURES, FURTHER_FIGURES, dynamics, estimators, landscape, noise, sharpness, study
 from tests.analysis import simulate_noise
+from tests.figures.drawn import assert_draws_cleanly, line_of, texts_of
 from tests.report.example import make_claim
 
 DRAW = (
@@ -49,15 +48,6 @@ def findings():
   return by_name | {name: by_name[claim] for claim, more in noise.FURTHER_FIGURES.items() for name in more}
 
 
-def _texts(figure):
-  return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
-def _line(axes, label):
-  (found,) = [line for line in axes.lines if str(line.get_label()) == label]
-  return found
-
-
 def _hollow(axes):
   """Return the points of all open markers."""
   lines = [line for line in axes.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
@@ -75,22 +65,7 @@ def test_every_claim_has_its_figure():
 
 @pytest.mark.parametrize("name", DRAW)
 def test_nothing_is_covered_or_cut_and_no_global_state_changes(name, findings):
-  settings = dict(matplotlib.rcParams)
-  figure = DRAW[name](findings[name])
-  assert pyplot.get_fignums() == []
-  assert dict(matplotlib.rcParams) == settings
-  figure.draw_without_rendering()
-  (legend,) = figure.legends
-  frame = legend.get_window_extent()
-  for axes in figure.axes:
-    assert not frame.overlaps(axes.get_tightbbox()), f"the legend covers {axes}"
-  inside, pixel = figure.get_tightbbox(), 1 / figure.dpi
-  width, height = figure.get_size_inches()
-  # One pixel at 160 dpi: text is placed to whole pixels.
-  assert inside.x0 >= -pixel
-  assert inside.y0 >= -pixel
-  assert inside.x1 <= width + pixel
-  assert inside.y1 <= height + pixel
+  assert_draws_cleanly(DRAW[name], findings[name])
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -102,7 +77,7 @@ def test_empty_series_say_so(name, keep_keys, findings):
     if keep_keys and np.ndim(array)
   }
   figure = DRAW[name](Finding(make_claim(name, verdict="inconclusive"), series, "nothing was measured"))
-  assert "no data: " in _texts(figure)
+  assert "no data: " in texts_of(figure)
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -113,14 +88,14 @@ def test_a_single_point_is_drawn(name, findings):
     series["phase"] = np.array(["during"])
   figure = DRAW[name](findings[name]._replace(series=series))
   figure.draw_without_rendering()
-  assert "no data" not in _texts(figure)
+  assert "no data" not in texts_of(figure)
 
 
 def test_the_noise_scale_is_the_geometric_mean_of_seeds_with_its_band(findings):
   series = findings["noise_grows"].series
   axes = DRAW["noise_grows"](findings["noise_grows"]).axes[0]
   at = (series["batch_size"] == 32) & (series["step"] == 4)
-  line = _line(axes, "B = 32, rate 0.1")
+  line = line_of(axes, "B = 32, rate 0.1")
   (place,) = np.flatnonzero(np.isclose(line.get_xdata(), 128))
   assert line.get_ydata()[place] == pytest.approx(np.exp(np.log(series["noise_scale"][at]).mean()))
   band = axes.collections[-1].get_paths()[0].vertices
@@ -140,20 +115,20 @@ def test_what_is_not_identifiable_is_an_open_marker_and_the_legend_says_so(findi
     at = (series["batch_size"] == size) & (series["learning_rate"] == rate) & (series["step"] == step)
     value = np.exp(np.log(series["dataset_noise_scale"][at]).mean())
     assert np.isclose(points, [size * step, value]).all(axis=1).any()
-    line = _line(figure.axes[0], f"B = {size:,.0f}, rate {rate:.3g}")
+    line = line_of(figure.axes[0], f"B = {size:,.0f}, rate {rate:.3g}")
     assert np.isnan(line.get_ydata()[line.get_xdata() == size * step]).all()
   assert noise.OPEN in [text.get_text() for text in figure.legends[0].get_texts()]
   sure = judge_noise_grows(simulate_noise.STUDY, simulate_noise.along_trials(sem=1e-6))
   known = np.isfinite(sure.series["form_value"])
   forms = {name: array[known] for name, array in sure.series.items() if name.startswith("form")}
   sure = sure._replace(series=sure.series | forms)
-  assert noise.OPEN not in _texts(DRAW["noise_grows"](sure))
+  assert noise.OPEN not in texts_of(DRAW["noise_grows"](sure))
 
 
 def test_three_forms_and_every_layer_stand_beside_the_total(findings):
   right = DRAW["noise_grows"](findings["noise_grows"]).axes[1]
   for label, factor in (("Hessian form: tr(HΣ) / G'HG", 0.3), ("in Adam's metric (heuristic)", 1.5)):
-    assert _line(right, label).get_ydata()[0] == pytest.approx(10 * factor)
+    assert line_of(right, label).get_ydata()[0] == pytest.approx(10 * factor)
   labels = [line.get_label() for line in DRAW["noise_layers"](findings["noise_layers"]).axes[0].lines]
   assert set(simulate_noise.LAYERS) | {"all parameters"} <= set(labels)
 
@@ -168,7 +143,7 @@ def test_many_layers_are_thinned_to_the_noisiest(findings):
   figure = DRAW["noise_layers"](findings["noise_layers"]._replace(series=series | copies))
   labels = [line.get_label() for line in figure.axes[0].lines if str(line.get_label()).startswith("Dense")]
   assert labels == names[-noise.MOST_LAYERS :]
-  assert "the noisiest 8 of 12 layers" in _texts(figure)
+  assert "the noisiest 8 of 12 layers" in texts_of(figure)
 
 
 def test_temperature_shows_the_predicted_and_the_measured_factor(findings):
@@ -177,12 +152,12 @@ def test_temperature_shows_the_predicted_and_the_measured_factor(findings):
   series = finding.series
   ticks = [text.get_text() for text in right.get_yticklabels()]
   assert ticks == list(series["factor_branch"])
-  np.testing.assert_allclose(_line(right, "predicted: T / T'").get_xdata(), series["predicted"])
+  np.testing.assert_allclose(line_of(right, "predicted: T / T'").get_xdata(), series["predicted"])
   bars = [container for container in right.containers if container[0].get_marker() == "o"]
   np.testing.assert_allclose([bar[0].get_xdata()[0] for bar in bars], series["factor"])
   ends = [bar[2][0].get_segments()[0][:, 0] for bar in bars]
   np.testing.assert_allclose(ends, np.stack([series["factor_low"], series["factor_high"]], axis=1))
-  line = _line(left, "B x 16")
+  line = line_of(left, "B x 16")
   at = (series["branch"] == "B x 16") & (series["examples_seen"] == line.get_xdata()[3])
   assert line.get_ydata()[3] == pytest.approx(np.exp(np.log(series["noise_scale"][at].astype(float)).mean()))
 
@@ -194,7 +169,7 @@ def test_estimators_show_each_error_and_the_rounding(findings):
   drawn = np.concatenate([line.get_ydata() for line in left.lines if line.get_marker() == "o"])
   np.testing.assert_allclose(np.sort(drawn), np.sort(series["z"][series["route"] != "ghost"]))
   at = (series["route"] == "ghost") & (series["quantity"] == "grad_sq_norm")
-  np.testing.assert_allclose(_line(right, "ghost, |G|²").get_ydata(), series["relative_error"][at])
+  np.testing.assert_allclose(line_of(right, "ghost, |G|²").get_ydata(), series["relative_error"][at])
 
 
 def test_the_layernorm_fit_is_the_finding_s(findings):

@@ -1,17 +1,14 @@
 """The figures of sharp minima draw what the findings hold, mark verdicts and what is unknown, and cover nothing."""
 
-import itertools
-
-import matplotlib
 import numpy as np
 import pytest
-from matplotlib import pyplot
 
 from bsjax.analysis import Finding
 from bsjax.analysis.claims_sharpness import judge_flat_generalizes, judge_flat_measures
 from bsjax.analysis.solutions import BATCH_NORM_WORDS, MEASURE_LABELS, PHASES, measure_label
 from bsjax.figures import sharpness, style
 from tests.analysis import simulate_sharpness as simulate
+from tests.figures.drawn import assert_draws_cleanly, assert_nothing_is_covered_or_cut, texts_of
 from tests.report.example import make_claim
 
 DRAW = sharpness.FIGURES | {
@@ -52,10 +49,6 @@ def figures(findings):
   return {name: draw(findings[name]) for name, draw in DRAW.items()}
 
 
-def _texts(figure):
-  return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
 def _points(axes):
   """Returns value, low, high and verdict of every row of a forest, by place."""
   verdicts = {(color, marker): kind for kind, (color, marker, _, _) in sharpness.VERDICTS.items()}
@@ -76,37 +69,16 @@ def test_every_claim_has_its_figure():
   assert set(sharpness.FIGURES) == set(sharpness.FURTHER_FIGURES) == {"flat_measures", "flat_generalizes"}
 
 
-def _assert_nothing_is_covered_or_cut(figure):
-  figure.draw_without_rendering()
-  (legend,) = figure.legends
-  frame = legend.get_window_extent()
-  outer = [axes.get_tightbbox() for axes in figure.axes]
-  inner = [axes.get_window_extent() for axes in figure.axes]
-  assert not any(frame.overlaps(box) for box in outer), "the legend covers a panel"
-  for one, other in itertools.permutations(range(len(outer)), 2):
-    assert not outer[one].overlaps(inner[other]), f"panel {one} covers panel {other}"
-  inside, pixel = figure.get_tightbbox(), 1 / figure.dpi
-  width, height = figure.get_size_inches()
-  # One pixel at 160 dpi: text is placed to whole pixels.
-  assert inside.x0 >= -pixel
-  assert inside.y0 >= -pixel
-  assert inside.x1 <= width + pixel
-  assert inside.y1 <= height + pixel
-
-
 @pytest.mark.parametrize("name", DRAW)
-def test_nothing_is_covered_or_cut_and_no_global_state_changes(name, figures):
-  settings = dict(matplotlib.rcParams)
-  _assert_nothing_is_covered_or_cut(figures[name])
-  assert pyplot.get_fignums() == []
-  assert dict(matplotlib.rcParams) == settings
+def test_nothing_is_covered_or_cut_and_no_global_state_changes(name, findings):
+  assert_draws_cleanly(DRAW[name], findings[name])
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_few_measures_have_room_too(count):
   few = world(tuple(JUDGED[-count:]))
   for name, draw in DRAW.items():
-    _assert_nothing_is_covered_or_cut(draw(few[name]))
+    assert_nothing_is_covered_or_cut(draw(few[name]))
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -118,7 +90,7 @@ def test_empty_series_say_so(name, keep_keys, findings):
     if keep_keys and np.ndim(array)
   }
   figure = DRAW[name](Finding(make_claim(name, verdict="inconclusive"), series, "nothing was measured"))
-  assert "no data: nothing was measured" in _texts(figure)
+  assert "no data: nothing was measured" in texts_of(figure)
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -130,7 +102,7 @@ def test_a_single_point_is_drawn(name, findings):
     series["slope_measure"] = series["measure"]
   figure = DRAW[name](findings[name]._replace(series=series))
   figure.draw_without_rendering()
-  assert "no data" not in _texts(figure)
+  assert "no data" not in texts_of(figure)
 
 
 def test_the_forest_holds_every_slope_with_its_interval_and_verdict(findings, figures):
@@ -159,12 +131,12 @@ def test_the_forest_holds_every_slope_with_its_interval_and_verdict(findings, fi
 
 def test_captions_name_the_numbers_and_the_statistics_of_batch_norm(findings, figures):
   for figure in figures.values():
-    assert BATCH_NORM_WORDS["ghost"] in _texts(figure)
+    assert BATCH_NORM_WORDS["ghost"] in texts_of(figure)
   figure = figures["flat_measures"]
   assert "0–50 solutions each" in figure.axes[0].get_title(loc="left")
   used = findings["flat_measures"].series["slope_points"][len(JUDGED) :]
   assert f"{used.min():.0f}–50 solutions each" in figure.axes[1].get_title(loc="left")
-  assert "5 seeds (faint) and geometric means" in _texts(figures["measures_against_batch_size"])
+  assert "5 seeds (faint) and geometric means" in texts_of(figures["measures_against_batch_size"])
 
 
 def test_small_panels_show_each_seed_and_the_geometric_means(findings, figures):

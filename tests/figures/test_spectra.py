@@ -6,6 +6,7 @@ import pytest
 from bsjax.analysis import Finding, density
 from bsjax.analysis.claim import columns
 from bsjax.figures import sharpness, spectra
+from tests.figures.drawn import assert_draws_cleanly, texts_of
 from tests.report.example import make_claim
 
 NAMES = " ".join(f"spectrum_{name}" for name in ("batch_size", "rate_part", "draw", "node", "weight"))
@@ -45,8 +46,12 @@ def test_curves_are_densities_and_their_labels_batch_sizes(rows):
   assert sharpness.FURTHER_FIGURES["flat_measures"]["spectra"] is spectra.draw_spectra
 
 
+def test_nothing_is_covered_or_cut_and_no_global_state_changes(rows):
+  assert_draws_cleanly(spectra.draw_spectra, finding(rows))
+
+
 @pytest.mark.parametrize("lost", ["all", "none measured"])
 def test_without_spectra_the_figure_says_so(rows, lost):
   given = [] if lost == "none measured" else [(*row[:3], np.nan, row[4]) for row in rows]
   figure = spectra.draw_spectra(finding(given))
-  assert "no data: a reading" in " ".join(text.get_text() for text in figure.axes[0].texts)
+  assert "no data: a reading" in texts_of(figure)

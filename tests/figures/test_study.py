@@ -3,15 +3,13 @@
 import doctest
 import re
 
-import matplotlib
-import matplotlib.colors
 import numpy as np
 import pytest
-from matplotlib import pyplot
 
 from bsjax.analysis import Finding, judge_all
 from bsjax.figures import save_figure, style
 from bsjax.figures.study import FIGURES
+from tests.figures.drawn import assert_draws_cleanly, texts_of
 from tests.report.example import B_CRIT, S_MIN, make_claim, make_findings
 
 CLAIM_IDS = [
@@ -41,34 +39,13 @@ def _errorbar(axes, label):
   return points.get_xdata(), points.get_ydata(), ends
 
 
-def _texts(figure):
-  return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
-
-
 def test_one_figure_per_claim():
   assert sorted(FIGURES) == sorted(CLAIM_IDS)
 
 
 @pytest.mark.parametrize("claim_id", CLAIM_IDS)
 def test_nothing_is_covered_or_cut_and_no_global_state_changes(claim_id):
-  settings = dict(matplotlib.rcParams)
-  figure = FIGURES[claim_id](FINDINGS[claim_id])
-  assert pyplot.get_fignums() == []
-  assert dict(matplotlib.rcParams) == settings
-
-  figure.draw_without_rendering()
-  (legend,) = figure.legends
-  frame = legend.get_window_extent()
-  for axes in figure.axes:
-    assert not frame.overlaps(axes.get_tightbbox()), f"the legend covers {axes}"
-  inside = figure.get_tightbbox()
-  width, height = figure.get_size_inches()
-  # One pixel at 160 dpi: text is placed to whole pixels.
-  pixel = 1 / figure.dpi
-  assert inside.x0 >= -pixel
-  assert inside.y0 >= -pixel
-  assert inside.x1 <= width + pixel
-  assert inside.y1 <= height + pixel
+  assert_draws_cleanly(FIGURES[claim_id], FINDINGS[claim_id])
 
 
 @pytest.mark.parametrize("claim_id", CLAIM_IDS)
@@ -80,7 +57,7 @@ def test_empty_series_say_so(claim_id, keep_keys):
     if keep_keys and np.ndim(array)
   }
   figure = FIGURES[claim_id](Finding(make_claim(claim_id, verdict="inconclusive"), series, "nothing was measured"))
-  assert "no data: nothing was measured" in _texts(figure)
+  assert "no data: nothing was measured" in texts_of(figure)
 
 
 @pytest.mark.parametrize("claim_id", CLAIM_IDS)
@@ -89,7 +66,7 @@ def test_a_single_point_is_drawn(claim_id):
   series = {name: array[:1] if np.ndim(array) else np.asarray(np.nan) for name, array in finding.series.items()}
   figure = FIGURES[claim_id](finding._replace(claim=finding.claim._replace(n=None), series=series))
   figure.draw_without_rendering()
-  assert "no data" not in _texts(figure)
+  assert "no data" not in texts_of(figure)
 
 
 @pytest.mark.parametrize("claim_id", CLAIM_IDS)
@@ -321,4 +298,4 @@ def test_documented_examples():
 def test_the_findings_of_an_empty_study_are_drawn():
   target = {"metric": "validation_accuracy", "goal": 0.9, "direction": "max"}
   for finding in judge_all({"target": target, "batch_sizes": [1, 2]}, []):
-    assert "no data" in _texts(FIGURES[finding.claim.id](finding))
+    assert "no data" in texts_of(FIGURES[finding.claim.id](finding))
