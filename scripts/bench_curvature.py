@@ -2,6 +2,7 @@
 
   python -m scripts.bench_curvature                                 all cases, an hour on one core (PyHessian is most of it)
   python -m scripts.bench_curvature --only=top10_mlp512 --versus=scipy    one case against one opponent
+  python -m scripts.bench_curvature --only=top1_mlp512 --versus=bare_hvps --data=mnist --num_examples=4000
   python -m scripts.bench_curvature --smoke                         two repetitions of the cheapest comparisons
 
 Prints one JSON object per case and opponent. `ratio` is our time over theirs, below 1 is faster: the median of the ratios of
@@ -18,6 +19,10 @@ Cases and opponents, all in float32 with the same weights, data and chunks:
             Errors are the largest relative error of a value against float64, residuals the largest |H v - lambda v| / |lambda| by
             a side's own product. Every side that takes a tolerance, ours too, gets the loosest of `TOLERANCES` that reaches
             1e-4; a side that reaches it with none gets the tightest, and its error shows it.
+  density_* the moments of a spectral density: 4 probes of 40 products each / matfree, its Lanczos from the same probes
+  trace_*   Hutchinson's estimate from 16 probes / matfree, its estimator as it is, all probes at once; / matfree_map, the
+            parts of its estimator in a loop over probes. Beside each other: values, standard errors over the probes, and the MiB of
+            temporary memory that XLA allots to a program.
   keskar_*  Keskar's sharpness / scipy_lbfgsb, the paper's 10 iterations: a row for each space, box and number of our `restarts`; with none
             both sides start from one and the same point. Each repetition is another solution with another key. `our_maxima` and
             `their_maxima` are in percent, `no_lower` is the fraction in which ours is no lower; the errors are what the linear
@@ -47,17 +52,37 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from bsjax.probes import eigenpairs, hessian_block_product, hessian_vector_product, mean_gradient
+from bsjax.probes import (
+  eigenpairs,
+  hessian_block_product,
+  hessian_vector_product,
+  hutchinson_trace,
+  mean_gradient,
+  spectral_quadrature,
+)
 from bsjax.probes.keskar import keskar_sharpness, keskar_sharpness_lbfgsb
-from bsjax.types import Array, Batch, Params
+from bsjax.probes.spectrum import Matvec
+from bsjax.types import Array, Batch, Key, Params
 from scripts import curvature_problems as problems
-from scripts.curvature_peers import curvlinops_side, loosest, matfree_side, pyhessian_side, scipy_side
+from scripts.curvature_peers import (
+  curvlinops_side,
+  loosest,
+  matfree_density,
+  matfree_map_trace,
+  matfree_side,
+  matfree_trace,
+  pyhessian_side,
+  scipy_side,
+)
 from scripts.curvature_problems import (
   WORK,
+  Estimate,
   Side,
   compared,
+  estimating_side,
   flat_product,
   in_float64,
+  moments,
   normal_like,
   relative_error,
   trained,
@@ -75,9 +100,11 @@ RESTARTS = (0, 1)
 HVP_CASES = ("hvp_mlp512", "hvp_cnn", "hvp_transformer", "hvp_block8_mlp512")
 TOP_CASES = {"top1_mlp512": (1, 20), "top10_mlp512": (10, 40)}
 """Eigenvalues, and the products that our side may make at most; it holds that many vectors."""
+PROBE_CASES = ("density_mlp512", "trace_mlp512")
+DENSITY_PROBES, DENSITY_MATVECS, TRACE_PROBES = 4, 40, 16
 KESKAR_CASES = ("keskar_mlp512", "keskar_cnn")
-CASES = (*HVP_CASES, *TOP_CASES, *KESKAR_CASES)
-OPPONENTS = ("grad", "bare_hvps", "scipy", "matfree", "curvlinops", "pyhessian", "scipy_lbfgsb")
+CASES = (*HVP_CASES, *TOP_CASES, *PROBE_CASES, *KESKAR_CASES)
+OPPONENTS = ("grad", "bare_hvps", "scipy", "matfree", "matfree_map", "curvlinops", "pyhessian", "scipy_lbfgsb")
 SMOKE = {"hvp_mlp512": ["grad"], "top1_mlp512": ["bare_hvps", "scipy"]}
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Cases to run.")
@@ -87,6 +114,7 @@ _REPEATS = flags.DEFINE_integer(
 )
 _SMOKE = flags.DEFINE_bool("smoke", False, "Run two repetitions of the cheapest comparisons.")
 _DATA = flags.DEFINE_enum("data", "digits", ["digits", "mnist", "fashion_mnist"], "Images for MLP and CNN.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 1000, "Images for the MLP.", lower_bound=1)
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where they lie; digits need no files.")
 flags.register_validator("only", lambda names: set(names) <= set(CASES), f"wanted some of {', '.join(CASES)}")
 flags.register_validator("versus", lambda names: set(names) <= set(OPPONENTS), f"wanted some of {', '.join(OPPONENTS)}")
@@ -96,7 +124,9 @@ flags.register_validator("versus", lambda names: set(names) <= set(OPPONENTS), f
 def problem_of(network: str) -> Problem:
   if network == "transformer":
     return problems.transformer()
-  return {"mlp512": problems.mlp512, "cnn": problems.cnn}[network](_DATA.value, _DATA_DIR.value)
+  if network == "cnn":
+    return problems.cnn(_DATA.value, _DATA_DIR.value)
+  return problems.mlp512(_DATA.value, _DATA_DIR.value, _NUM_EXAMPLES.value)
 
 
 # Products.
@@ -235,6 +265,34 @@ def run_top(case: str, versus: list[str], repeats: int) -> None:
     show(case, opponent, times, accuracy | ours.notes(found) | theirs.notes(other) | {"top": float(truth[0])})
 
 
+# Densities and traces.
+
+
+def our_density(matvec: Matvec, like: Params, key: Key) -> tuple[Array, Array]:
+  return moments(*spectral_quadrature(matvec, like, key, num_probes=DENSITY_PROBES, num_matvecs=DENSITY_MATVECS))
+
+
+def our_trace(matvec: Matvec, like: Params, key: Key) -> tuple[Array, Array]:
+  found = hutchinson_trace(matvec, like, key, num_probes=TRACE_PROBES)
+  return found.value[None], found.sem[None]
+
+
+def run_probes(case: str, versus: list[str], repeats: int) -> None:
+  problem = problem_of("mlp512")
+  makers: dict[tuple[str, str], Callable[[], Estimate]] = {
+    ("density_mlp512", "matfree"): lambda: matfree_density(DENSITY_PROBES, DENSITY_MATVECS),
+    ("trace_mlp512", "matfree"): lambda: matfree_trace(TRACE_PROBES),
+    ("trace_mlp512", "matfree_map"): lambda: matfree_map_trace(TRACE_PROBES),
+  }
+  ours = estimating_side(problem, our_density if case == "density_mlp512" else our_trace)
+  for opponent in versus:
+    if (case, opponent) in makers:
+      theirs = estimating_side(problem, makers[case, opponent]())
+      sides = {"our": ours, "their": theirs}
+      found = {f"{who}_{name}": note for who, side in sides.items() for name, note in side.notes(side.call()).items()}
+      show(case, opponent, alternate(ours.call, theirs.call, repeats), found)
+
+
 # Keskar's sharpness.
 
 
@@ -298,6 +356,7 @@ def show(case: str, versus: str, times: list[tuple[float, float]], more: dict[st
     "seconds": mine,
     "seconds_theirs": other,
     "data": None if "transformer" in case else _DATA.value,
+    "num_examples": _NUM_EXAMPLES.value if "mlp512" in case else None,
   } | more
   print(json.dumps({key: rounded(value) for key, value in row.items()}))
   sys.stdout.flush()
@@ -311,7 +370,12 @@ def rounded(value: Any) -> Any:
 
 def has_peer(name: str) -> bool:
   """Tells whether an opponent is installed and can run on JAX's kind of device, and says on stderr why not."""
-  needed = {"matfree": ("matfree",), "curvlinops": ("curvlinops", "torch"), "pyhessian": ("pyhessian", "torch")}
+  needed = {
+    "matfree": ("matfree",),
+    "matfree_map": ("matfree",),
+    "curvlinops": ("curvlinops", "torch"),
+    "pyhessian": ("pyhessian", "torch"),
+  }
   missing = [package for package in needed.get(name, ()) if importlib.util.find_spec(package) is None]
   if missing:
     print(f"{name} needs {', '.join(missing)}, skipped: pip install -r requirements-bench.txt", file=sys.stderr)
@@ -339,6 +403,8 @@ def main(arguments: list[str]) -> None:
       run_hvp(case, repeats)
     elif case in KESKAR_CASES and "scipy_lbfgsb" in versus:
       run_keskar(case, repeats)
+    elif case in PROBE_CASES:
+      run_probes(case, versus, repeats)
     elif case in TOP_CASES:
       opponents = [name for name in versus if name in ("bare_hvps", "scipy", "matfree", "curvlinops", "pyhessian")]
       if opponents:

@@ -1,4 +1,5 @@
-"""The opponents of scripts/bench_curvature.py for eigenvalues: SciPy and matfree on our product, curvlinops and PyHessian on PyTorch's.
+"""The opponents of scripts/bench_curvature.py for eigenvalues, densities and traces: SciPy and matfree
+on our product, curvlinops and PyHessian on PyTorch's.
 
 What is not in requirements.txt is imported inside functions, so that the benchmark runs without it.
 """
@@ -12,7 +13,18 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from scripts.curvature_problems import ACCURACY, Side, flat_product, normal_like, relative_error
+from bsjax.probes.spectrum import Matvec
+from bsjax.types import Array, Key, Params
+from scripts.curvature_problems import (
+  ACCURACY,
+  Estimate,
+  Side,
+  flat_product,
+  mean_and_sem,
+  moments,
+  normal_like,
+  relative_error,
+)
 from scripts.noise_peers import torch_network
 from scripts.noise_problems import SEED, Problem
 
@@ -111,6 +123,54 @@ def matfree_side(problem: Problem, num_top: int, truth: np.ndarray) -> Side:
     return np.asarray(values), np.asarray(vectors).T
 
   return pairs_side(call, lambda vector: np.asarray(product(vector)), lambda _: {"their_matvecs": num_steps})
+
+
+def matfree_density(num_probes: int, num_matvecs: int) -> Estimate:
+  """matfree's Lanczos from one random vector after the other, each from the signs that ours takes."""
+  from matfree import decomp, stochtrace
+
+  def estimate(matvec: Matvec, like: Params, key: Key) -> tuple[Array, Array]:
+    flat, unravel = ravel_pytree(like)
+    draw = stochtrace.sampler_signs(flat, num=1)
+
+    def multiply(vector: Array) -> Array:
+      return ravel_pytree(matvec(unravel(vector)))[0]
+
+    def of_probe(key: Key) -> tuple[Array, Array]:
+      matrix = decomp.tridiag_sym(num_matvecs, custom_vjp=False)(multiply, draw(key)[0]).J_small
+      nodes, vectors = jnp.linalg.eigh(matrix)
+      return nodes, vectors[0] ** 2
+
+    return moments(*jax.lax.map(of_probe, jax.random.split(key, num_probes)))
+
+  return estimate
+
+
+def matfree_trace(num_probes: int) -> Estimate:
+  """matfree's estimator as it is: all probes at once."""
+  from matfree import stochtrace
+
+  def estimate(matvec: Matvec, like: Params, key: Key) -> tuple[Array, Array]:
+    draw = stochtrace.sampler_signs(like, num=num_probes)
+    value, sem = stochtrace.estimator_monte_carlo_mean_and_sem(stochtrace.monte_carlo_trace(), draw)(matvec, key)
+    return value[None], sem[None]
+
+  return estimate
+
+
+def matfree_map_trace(num_probes: int) -> Estimate:
+  """The parts of matfree's estimator in a loop: one probe after the other."""
+  from matfree import stochtrace
+
+  def estimate(matvec: Matvec, like: Params, key: Key) -> tuple[Array, Array]:
+    draw, integrand = stochtrace.sampler_signs(like, num=1), stochtrace.monte_carlo_trace()
+
+    def of_probe(key: Key) -> Array:
+      return integrand(matvec, jax.tree.map(lambda x: x[0], draw(key)))[None]
+
+    return mean_and_sem(jax.lax.map(of_probe, jax.random.split(key, num_probes)))
+
+  return estimate
 
 
 def torch_chunks(problem: Problem) -> tuple[Any, list[tuple[Any, Any]]]:

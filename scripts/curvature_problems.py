@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from bsjax.data import load_source
 from bsjax.probes import hessian_vector_product, mean_gradient
+from bsjax.probes.spectrum import Matvec
 from bsjax.types import Array, Batch, Key, Params
 from scripts import noise_problems
 from scripts.noise_problems import DEPTH, LENGTH, MLP_RATIO, SEED, VOCABULARY, WIDTH, Problem
@@ -29,10 +30,14 @@ class Side(NamedTuple):
   call: Callable[[], Any]
   """Does all the work and waits for it."""
   read: Callable[[Any], np.ndarray]
-  """What it found: eigenvalues, the largest first, or a product or gradient as one vector."""
+  """What it found: eigenvalues, the largest first, or estimates, or a product or gradient as one vector."""
   residuals: Callable[[Any], np.ndarray] | None = None
   """|A v - lambda v| / |lambda| of every pair, by the side's own product."""
   notes: Callable[[Any], dict[str, Any]] = lambda _: {}
+
+
+Estimate = Callable[[Matvec, Params, Key], tuple[Array, Array]]
+"""Takes a product, a vector's shapes and a key; returns values f[n] and standard errors f[n]."""
 
 
 class Work(NamedTuple):
@@ -77,15 +82,17 @@ WORK = {
 def images(data: str, data_dir: str | None, number: int) -> Batch:
   """Takes the first training examples, enlarged to 28x28 where they are smaller, with pixels from 0 to 1."""
   arrays = load_source(data, "train", data_dir=data_dir).arrays
+  if len(arrays["label"]) < number:
+    raise ValueError(f"{data} has {len(arrays['label'])} training images, not {number}; use fewer, or --data=mnist.")
   pixels = arrays["image"][:number].astype(np.float32)
   pixels = jax.image.resize(pixels / (16 if data == "digits" else 255), (number, 28, 28, 1), "linear")
   return {"image": pixels, "label": jnp.asarray(arrays["label"][:number], jnp.int32)}
 
 
-def mlp512(data: str, data_dir: str | None) -> Problem:
-  """784-512-512-10 with ReLU on 1,000 images in chunks of 256, trained."""
+def mlp512(data: str, data_dir: str | None, num_examples: int) -> Problem:
+  """784-512-512-10 with ReLU on some images in chunks of 256, trained."""
   problem = noise_problems.mlp512()._replace(chunk_size=256, torch_chunk_size=256)
-  return trained(problem._replace(examples=images(data, data_dir, 1000)), SEED)
+  return trained(problem._replace(examples=images(data, data_dir, num_examples)), SEED)
 
 
 def cnn(data: str, data_dir: str | None) -> Problem:
@@ -141,6 +148,35 @@ def flat_product(problem: Problem) -> Callable[[Array], Array]:
     return ravel_pytree(tree)[0]
 
   return functools.partial(product, problem.params, problem.examples)  # as arguments: closed over they are constants
+
+
+def estimating_side(problem: Problem, estimate: Estimate) -> Side:
+  """Compiles an estimate from random probes of the problem's Hessian."""
+
+  def run(params: Params, examples: Batch, key: Key) -> tuple[Array, Array]:
+    def matvec(vector: Params) -> Params:
+      return hessian_vector_product(problem.loss_fn, params, examples, vector, chunk_size=problem.chunk_size)
+
+    return estimate(matvec, params, key)
+
+  arguments = problem.params, problem.examples, jax.random.key(SEED)
+  compiled = jax.jit(run).lower(*arguments).compile()
+  mebibytes = compiled.memory_analysis().temp_size_in_bytes / 2**20
+  return Side(
+    lambda: jax.block_until_ready(compiled(*arguments)),
+    lambda found: np.asarray(found[0]),
+    notes=lambda found: {"values": found[0].tolist(), "sems": found[1].tolist(), "mib": mebibytes},
+  )
+
+
+def moments(nodes: Array, weights: Array) -> tuple[Array, Array]:
+  """Averages the mean and the mean square of densities f[R, M] over their probes: f[2], with standard errors f[2]."""
+  samples = jnp.sum(weights[..., None] * jnp.stack([nodes, nodes**2], -1), axis=1)
+  return mean_and_sem(samples)
+
+
+def mean_and_sem(samples: Array) -> tuple[Array, Array]:
+  return jnp.mean(samples, 0), jnp.std(samples, 0, ddof=1) / len(samples) ** 0.5
 
 
 def in_float64(tree: Any) -> Any:

@@ -16,8 +16,9 @@ ROUNDING = 20
 MOST_PASSES = 5
 KEPT_SHARE = 0.7
 """A pass that leaves less of a vector than this has cancelled, and is repeated."""
-ROWS, LANES, UNROLL = 8, 512, 8
-"""The sweeps on the CPU: rows taken at a time, partial sums per row, terms added to each at a time."""
+ROWS, LANES, UNROLL = 4, 512, 8
+"""The sweeps on the CPU: rows taken at a time (with more, more empty rows are read; with fewer, the vector more often), partial sums
+per row, terms added to each at a time."""
 
 
 class Tridiagonal(NamedTuple):

@@ -50,7 +50,8 @@ def hutchinson_trace(
 
   Source: Hutchinson (1990); Rademacher probes have the least variance among those of independent entries. The control variate is the
   part of Hutch++ (Meyer et al. 2021, algorithm 1) that survives when the low-rank part is given. matfree's estimators hold all
-  probes at once and map the product over them (vmap), which is slower for a network on a CPU and larger anywhere.
+  probes at once and map the product over them (vmap), which is slower for a network on a CPU and larger anywhere; its integrand in
+  a loop costs what this costs (docs/bench_curvature.md).
   """
   if num_probes < 2:
     raise ValueError(f"num_probes={num_probes} must be at least 2: the standard error comes from their scatter.")

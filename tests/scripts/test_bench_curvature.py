@@ -16,6 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
 
+from bsjax.probes import spectral_quadrature
 from bsjax.probes.keskar import KeskarSharpness
 from scripts import curvature_peers as peers
 from scripts import noise_problems
@@ -23,8 +24,11 @@ from scripts.curvature_problems import (
   ACCURACY,
   WORK,
   compared,
+  estimating_side,
   flat_product,
+  images,
   in_float64,
+  moments,
   normal_like,
   relative_error,
   trained,
@@ -220,6 +224,63 @@ def test_opponents_find_the_eigenvalues_of_the_dense_hessian(make):
   assert np.all(np.abs(values - truth) / truth <= residuals + 1e-6)
   assert np.all(residuals < 0.1)
   assert side.notes(found)["their_matvecs"] >= 3
+
+
+PROBES = 3
+
+
+def our_density():
+  return lambda *arguments: moments(*spectral_quadrature(*arguments, num_probes=PROBES, num_matvecs=6))
+
+
+def matfree_density():
+  pytest.importorskip("matfree")
+  return peers.matfree_density(PROBES, 6)
+
+
+@pytest.mark.parametrize("make", [our_density, matfree_density])
+def test_densities_have_the_moments_of_their_probes(make):
+  problem, matrix, _ = small()
+  keys = jax.random.split(jax.random.key(noise_problems.SEED), PROBES)
+  probes = np.stack([jax.random.rademacher(key, (len(matrix),), float) for key in keys])
+  # Six nodes are exact for z'Hz / P and z'HHz / P.
+  truth = np.stack([np.sum(probes * (probes @ matrix), 1), np.sum((probes @ matrix) ** 2, 1)], 1) / len(matrix)
+  check_estimate(estimating_side(problem, make()), truth.mean(0), truth.std(0, ddof=1) / PROBES**0.5)
+
+
+def check_estimate(side, values, sems):
+  found = side.call()
+  notes = side.notes(found)
+  # Float32 products are exact to about 1e-6 of the largest eigenvalue, and these are averages of a few of them.
+  np.testing.assert_allclose(notes["values"], values, rtol=1e-4)
+  np.testing.assert_allclose(notes["sems"], sems, rtol=1e-3)
+  np.testing.assert_array_equal(side.read(found), np.float32(notes["values"]))
+  assert notes["mib"] > 0
+
+
+def test_traces_are_those_of_their_probes():
+  pytest.importorskip("matfree")
+  problem, matrix, _ = small()
+  key = jax.random.key(noise_problems.SEED)
+
+  def quadratic_forms(probes):
+    return np.sum(probes * (probes @ matrix), 1)
+
+  together = quadratic_forms(np.asarray(jax.random.rademacher(key, (PROBES, len(matrix)), float)))
+  # matfree's standard error divides by n, not n - 1.
+  check_estimate(
+    estimating_side(problem, peers.matfree_trace(PROBES)), [together.mean()], [together.std() / PROBES**0.5]
+  )
+  keys = jax.random.split(key, PROBES)
+  apart = quadratic_forms(np.stack([jax.random.rademacher(key, (len(matrix),), float) for key in keys]))
+  check_estimate(
+    estimating_side(problem, peers.matfree_map_trace(PROBES)), [apart.mean()], [apart.std(ddof=1) / PROBES**0.5]
+  )
+
+
+def test_more_images_than_there_are_is_an_error():
+  with pytest.raises(ValueError, match="digits has 1024 training images, not 2000; use fewer, or --data=mnist"):
+    images("digits", None, 2000)
 
 
 def test_a_residual_shows_a_wrong_vector():
