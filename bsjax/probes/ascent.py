@@ -1,25 +1,28 @@
 """The highest point of a function on a unit box or ball, from few gradients: what the sharpness measures ask for."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bsjax.types import Array
 
+Point = Any
+"""A vector of n numbers: a pytree of float arrays, an array alone among them."""
 EXTRAPOLATION = 0.5
 """How far beyond the latest gradient the next one is looked for, in units of the latest change."""
 
 
 class Region(NamedTuple):
-  """A convex set around the origin, f32[n], by the three operations that the ascent needs."""
+  """A convex set around the origin by the three operations that the ascent needs."""
 
-  extreme: Callable[[Array, Array], Array]
+  extreme: Callable[[Point, Point], Point]
   """(direction, point) -> the point of the set farthest along the direction; where that is any, the point given."""
-  project: Callable[[Array], Array]
+  project: Callable[[Point], Point]
   """The nearest point of the set."""
-  support: Callable[[Array], Array]
+  support: Callable[[Point], Array]
   """How far the set reaches along a direction d: max d'u, f32[]."""
 
 
@@ -36,29 +39,33 @@ class Peak(NamedTuple):
   """Values with gradients, i32[], the start's included."""
 
 
+def _corner(direction: Point, point: Point) -> Point:
+  return jax.tree.map(lambda d, u: jnp.where(d == 0, u, jnp.sign(d)), direction, point)
+
+
 BOX = Region(
-  extreme=lambda direction, point: jnp.where(direction == 0, point, jnp.sign(direction)),
-  project=lambda point: jnp.clip(point, -1, 1),
-  support=lambda direction: jnp.sum(jnp.abs(direction)),
+  extreme=_corner,
+  project=lambda point: optax.tree.clip(point, -1, 1),
+  support=lambda direction: optax.tree.norm(direction, ord=1),
 )
 """-1 <= u_i <= 1: its extreme points are the corners."""
 
 
-def _on_sphere(direction: Array, point: Array) -> Array:
-  norm = jnp.linalg.norm(direction)
-  return jnp.where(norm == 0, point, direction / jnp.where(norm == 0, 1, norm))
+def _on_sphere(direction: Point, point: Point) -> Point:
+  norm = optax.tree.norm(direction)
+  return jax.tree.map(lambda d, u: jnp.where(norm == 0, u, d / jnp.where(norm == 0, 1, norm)), direction, point)
 
 
 BALL = Region(
   extreme=_on_sphere,
-  project=lambda point: point / jnp.maximum(1, jnp.linalg.norm(point)),
-  support=jnp.linalg.norm,
+  project=lambda point: optax.tree.scale(1 / jnp.maximum(1, optax.tree.norm(point)), point),
+  support=optax.tree.norm,
 )
 """|u| <= 1: its extreme points are the sphere."""
 
 
 def climb(
-  value_and_grad: Callable[[Array], tuple[Array, Array]], start: Array, region: Region, *, num_steps: int
+  value_and_grad: Callable[[Point], tuple[Array, Point]], start: Point, region: Region, *, num_steps: int
 ) -> Peak:
   """Climb from `start` to a maximum over the region, by the longest step that the curvature met so far allows.
 
@@ -71,8 +78,8 @@ def climb(
   0.9. The second line (Barzilai and Borwein's step length) is for saddles, where jumping alone would swing between corners for ever.
 
   Args:
-    value_and_grad: f32[n] -> (f32[], f32[n]).
-    start: f32[n], in the region, where the gradient is not zero.
+    value_and_grad: u -> (f32[], the gradient, like u).
+    start: in the region, where the gradient is not zero.
     num_steps: most evaluations, the start's included.
 
   Returns:
@@ -82,38 +89,42 @@ def climb(
   """
 
   def next_trial(point, grad, grad_before, length):
-    jump = region.extreme(grad + EXTRAPOLATION * (grad - grad_before), point)
-    slide = region.project(point + jnp.where(jnp.isinf(length), 0, length) * grad)
-    return jnp.where(jnp.isinf(length), jump, slide)
+    ahead = jax.tree.map(lambda g, before: g + EXTRAPOLATION * (g - before), grad, grad_before)
+    jump = region.extreme(ahead, point)
+    slide = region.project(optax.tree.add_scale(point, jnp.where(jnp.isinf(length), 0, length), grad))
+    trial = optax.tree.where(jnp.isinf(length), jump, slide)
+    return trial, optax.tree.norm(optax.tree.sub(trial, point), squared=True)
 
   def unfinished(state):
-    step, point, _, _, _, trial = state
-    return (step < num_steps) & jnp.any(trial != point)
+    step, *_, sq_distance = state
+    return (step < num_steps) & (sq_distance > 0)
 
   def advance(state):
-    step, point, value, grad, length, trial = state
+    step, point, value, grad, length, trial, sq_distance = state
     trial_value, trial_grad = value_and_grad(trial)
-    change = trial - point
-    curvature = jnp.vdot(change, trial_grad - grad)
-    fitting = jnp.where(curvature < 0, -jnp.vdot(change, change) / curvature, jnp.inf)
-    shorter = jnp.minimum(fitting, jnp.minimum(length, jnp.linalg.norm(change) / jnp.linalg.norm(grad)) / 4)
-    risen = (trial, trial_value, trial_grad, grad, fitting)
-    refused = (point, value, grad, grad, shorter)
-    higher = trial_value > value
-    point, value, grad, grad_before, length = jax.tree.map(lambda a, b: jnp.where(higher, a, b), risen, refused)
-    return step + 1, point, value, grad, length, next_trial(point, grad, grad_before, length)
+    curvature = optax.tree.vdot(optax.tree.sub(trial, point), optax.tree.sub(trial_grad, grad))
+    fitting = jnp.where(curvature < 0, -sq_distance / curvature, jnp.inf)
+
+    def rise():
+      return trial, trial_value, trial_grad, fitting, *next_trial(trial, trial_grad, grad, fitting)
+
+    def refuse():
+      shorter = jnp.minimum(fitting, jnp.minimum(length, jnp.sqrt(sq_distance) / optax.tree.norm(grad)) / 4)
+      return point, value, grad, shorter, *next_trial(point, grad, grad, shorter)
+
+    return step + 1, *jax.lax.cond(trial_value > value, rise, refuse)
 
   start_value, grad = value_and_grad(start)
   forever = jnp.full_like(start_value, jnp.inf)
-  state = (jnp.array(1), start, start_value, grad, forever, next_trial(start, grad, grad, forever))
-  step, point, value, grad, _, _ = jax.lax.while_loop(unfinished, advance, state)
-  return Peak(value, start_value, region.support(grad) - jnp.vdot(grad, point), step)
+  state = (jnp.array(1), start, start_value, grad, forever, *next_trial(start, grad, grad, forever))
+  step, point, value, grad, *_ = jax.lax.while_loop(unfinished, advance, state)
+  return Peak(value, start_value, region.support(grad) - optax.tree.vdot(grad, point), step)
 
 
 def highest(
-  value_and_grad: Callable[[Array], tuple[Array, Array]], starts: Array, region: Region, *, num_steps: int
+  value_and_grad: Callable[[Point], tuple[Array, Point]], starts: Point, region: Region, *, num_steps: int
 ) -> tuple[Peak, Peak]:
-  """Climb from each of the starts f32[R, n], one after the other.
+  """Climb from each of the starts, a point with a leading axis R, one after the other.
 
   Returns:
     The highest peak, and all of them with a leading axis R.

