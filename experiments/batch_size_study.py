@@ -15,13 +15,14 @@ from typing import Any
 
 from absl import flags
 
-from bsjax.optim import OPTIMIZERS, SCALING_RULES, SCHEDULES
+from bsjax.optim import OPTIMIZERS, SCALING_RULES
 from bsjax.study import describe_environment, make_plan, run_command, run_study
 from bsjax.study.command import claim_folder, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import WORKLOADS, load_workload, workload_settings
 
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 SMOKE = {"num_epochs": 1, "num_steps": 64, "num_rates": 3, "tuning_seeds": 1, "final_seeds": 3}
 
 _WORKLOAD = flags.DEFINE_string("workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function")

@@ -29,7 +29,9 @@ def preconditioned(matvec: Matvec, scale: Params) -> Callable[[Params], Params]:
   return lambda vector: optax.tree.mul(scale, matvec(optax.tree.mul(scale, vector)))
 
 
-def adam_preconditioner(second_moment: Params, count: Array | int, *, beta2: float | Array, epsilon: float) -> Params:
+def adam_preconditioner(
+  second_moment: Params, count: Array | int, *, beta2: float | Array, epsilon: float | Array
+) -> Params:
   """Read the scale s of Adam's preconditioner off its state.
 
       s = (sqrt(q / (1 - beta2^t)) + epsilon)^(-1/2)

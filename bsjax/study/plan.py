@@ -7,6 +7,7 @@ from typing import Any
 
 from bsjax.optim import scale_learning_rate
 from bsjax.train import TrialConfig
+from bsjax.types import Hparams
 from bsjax.workloads import Workload, num_params
 
 ROWS_PER_TRIAL = 512
@@ -146,10 +147,16 @@ def make_config(
     eval_every=eval_every(plan, batch_size=batch_size, train_size=train_size),
     optimizer=plan.optimizer,
     schedule=plan.schedule,
-    warmup_steps=min(num_steps - 1, round(plan.warmup_fraction * num_steps)),
+    warmup="gradual" if plan.warmup_fraction else "none",
     probes=probes,
     probe_steps=(num_steps,) if probes else (),
   )
+
+
+def make_hparams(plan: Plan, config: TrialConfig, learning_rate: float) -> Hparams:
+  """Builds the hyperparameters of a trial; the warm-up is a fraction of its budget."""
+  warmup_steps = min(config.num_steps - 1, round(plan.warmup_fraction * config.num_steps))
+  return Hparams(learning_rate, momentum=plan.momentum, weight_decay=plan.weight_decay, warmup_steps=warmup_steps)
 
 
 def first_rates(plan: Plan, *, batch_size: int) -> list[float]:

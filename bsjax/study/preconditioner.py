@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bsjax.optim import epsilon_of
 from bsjax.probes import adam_preconditioner, trust_ratio_preconditioner
 from bsjax.train import TrainState
 from bsjax.types import Hparams, Params
 
-PRECONDITIONED = ("adamw", "lars", "lamb")
-ADAM_EPSILON = {"adamw": 1e-8, "lamb": 1e-6}
+PRECONDITIONED = ("adam", "adamw", "lars", "lamb")
 LARS_COEFFICIENT = 0.001
 """As `bsjax.optim.make_optimizer` has them."""
 
@@ -29,8 +29,8 @@ def preconditioner_scale(optimizer: str, hparams: Hparams, state: TrainState, me
   is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
   adam = next(node for node in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(node))
   count = jnp.maximum(adam.count, 1)
-  scale = adam_preconditioner(adam.nu, count, beta2=hparams.beta2, epsilon=ADAM_EPSILON[optimizer])
-  if optimizer == "adamw":
+  scale = adam_preconditioner(adam.nu, count, beta2=hparams.beta2, epsilon=epsilon_of(optimizer, hparams))
+  if optimizer in ("adam", "adamw"):
     return scale
   smoothed = optax.tree.scale(1 / (1 - hparams.momentum**count), adam.mu)
   direction = jax.tree.map(lambda s, m: s**2 * m, scale, smoothed)

@@ -12,12 +12,11 @@ from bsjax.analysis import advise, judge_all, results_table
 from bsjax.records import Record, append_rows, create_trial, read_record, read_records, set_status, trial_id, write_json
 from bsjax.report import write_report
 from bsjax.study.measure import Measurements
-from bsjax.study.plan import Plan, budget_steps, first_rates, make_config, workload_facts
+from bsjax.study.plan import Plan, budget_steps, first_rates, make_config, make_hparams, workload_facts
 from bsjax.study.progress import NOISE, TIMING, Progress
 from bsjax.study.timing import time_steps
 from bsjax.study.tune import tune_rate
-from bsjax.train import Trial, TrialConfig, make_trial, run_trials
-from bsjax.types import Hparams
+from bsjax.train import TrialConfig, make_trial, run_trials
 from bsjax.workloads import Workload
 
 BUDGETS = ("epochs", "steps")
@@ -53,7 +52,7 @@ class _Study(NamedTuple):
     self, config: TrialConfig, seeds: Sequence[int], rates: Sequence[float], *, kind: str = "train"
   ) -> list[Record]:
     """Trains what is missing of rates x seeds and returns the records of all of them."""
-    trials = [make_trial(config, self.hparams(rate), seed) for rate in rates for seed in seeds]
+    trials = [make_trial(config, make_hparams(self.plan, config, rate), seed) for rate in rates for seed in seeds]
     self.progress.expect(config, trials)
     run_trials(
       self.workload,
@@ -65,9 +64,6 @@ class _Study(NamedTuple):
       on_progress=lambda steps: self.progress.advance(config, steps),
     )
     return [read_record(self.folder / trial.id) for trial in trials]
-
-  def hparams(self, learning_rate: float) -> Hparams:
-    return Hparams(learning_rate, momentum=self.plan.momentum, weight_decay=self.plan.weight_decay)
 
 
 def run_study(workload: Workload, plan: Plan, out: Path, *, mesh: Mesh, environment: dict[str, Any]) -> Path:
@@ -153,8 +149,8 @@ def _time_steps(study: _Study, tuned: dict[str, Any]) -> None:
   """Measures the step time of every batch size, once: a finished timing is kept on a rerun."""
   for batch_size in study.plan.batch_sizes:
     rate = tuned[str(batch_size)]["learning_rate"] or study.plan.base_learning_rate
-    config = dataclasses.replace(study.config("steps", batch_size), num_steps=1, eval_every=1, warmup_steps=0)
-    trial = Trial(config, study.hparams(rate), 0)
+    config = dataclasses.replace(study.config("steps", batch_size), num_steps=1, eval_every=1, warmup="none")
+    trial = make_trial(config, make_hparams(dataclasses.replace(study.plan, warmup_fraction=0.0), config, rate), 0)
     description = {"kind": "timing"} | trial.description
     folder = study.folder / trial_id(description)
     if not (folder / "status.json").exists() or read_record(folder).status["state"] != "complete":

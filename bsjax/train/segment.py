@@ -65,15 +65,15 @@ def build_segment(
 ) -> Callable[..., tuple[TrainState, Rows]]:
   """Builds the program of `_build`, or hands out the one built before.
 
-  What the program does not read is left out of the key: probes and parent always, and under a constant rate the number of
-  steps, so that trials of both budgets, with or without probes and from any start share one compilation.
+  What the program does not read is left out of the key: the number of steps, where to stop, probes and parent, so that trials of every
+  budget and schedule length, with or without probes and from any start share one compilation.
 
   Raises:
     ValueError: as `make_logged_step`, before anything is traced.
   """
-  config = dataclasses.replace(config, probes=(), probe_steps=(), parent="")
-  if config.schedule == "constant" and config.warmup_steps == 0:
-    config = dataclasses.replace(config, num_steps=config.eval_every)
+  config = dataclasses.replace(
+    config, num_steps=config.eval_every, probes=(), probe_steps=(), parent="", stop_at_target=False
+  )
   return _build(workload, config, lanes, mesh)
 
 

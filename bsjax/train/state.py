@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bsjax.optim import make_optimizer, make_schedule
+from bsjax.optim import AbsorbedMomentumState, make_optimizer, make_schedule
 from bsjax.types import Array, Hparams, Key, ModelState, Params
 from bsjax.workloads import Workload
 
@@ -34,12 +34,11 @@ def stream(seed: Array, name: int) -> Key:
 def init_state(workload: Workload, optimizer: str, hparams: Hparams, seed: Array) -> TrainState:
   """Makes the state before the first step; no optimizer's initial state depends on the schedule."""
   variables = workload.init(stream(seed, INIT_STREAM))
-  schedule = make_schedule("constant", num_steps=1)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=variables.params,
     model_state=variables.model_state,
-    opt_state=make_optimizer(optimizer, hparams, schedule).init(variables.params),
+    opt_state=make_optimizer(optimizer, hparams, make_schedule("constant", hparams)).init(variables.params),
   )
 
 
@@ -50,12 +49,14 @@ def branch_state(state: TrainState) -> TrainState:
   """
 
   def restart(node: Any) -> Any:
-    return node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, optax.ScaleByScheduleState) else node
+    if isinstance(node, optax.ScaleByScheduleState):
+      return node._replace(count=jnp.zeros_like(node.count))
+    return node._replace(step=jnp.zeros_like(node.step)) if isinstance(node, AbsorbedMomentumState) else node
 
-  is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+  counts_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState | AbsorbedMomentumState)  # noqa: E731
   return TrainState(
     step=jnp.zeros_like(state.step),
     params=state.params,
     model_state=state.model_state,
-    opt_state=jax.tree.map(restart, state.opt_state, is_leaf=is_schedule),
+    opt_state=jax.tree.map(restart, state.opt_state, is_leaf=counts_schedule),
   )

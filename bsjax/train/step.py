@@ -13,7 +13,7 @@ from bsjax.optim import make_optimizer, make_schedule
 from bsjax.probes.two_batch import GroupedGradient, accumulated_gradient, check_device_groups, device_gradient
 from bsjax.train.state import TrainState
 from bsjax.train.trial import TrialConfig
-from bsjax.types import Array, Batch, Hparams, Key, Params
+from bsjax.types import Array, Batch, Hparams, Key, ModelState, Params
 from bsjax.workloads import Workload
 
 NOISE_COLUMNS = {"small_sq_norm": jnp.float32, "big_sq_norm": jnp.float32, "noise_steps": jnp.int32}
@@ -61,24 +61,30 @@ def make_logged_step(
   Holds: states and losses do not depend on `noise_every`, nor under accumulation on whether norms are logged: on the CPU not
   by a bit (tests). With the device route they equal those without a route to rounding.
   """
-  schedule = make_schedule(config.schedule, num_steps=config.num_steps, warmup_steps=config.warmup_steps)
   grouped_gradient = _make_grouped_gradient(workload, config, mesh) if config.microbatch_size else None
 
   def step(state: TrainState, hparams: Hparams, batch: Batch, key: Key) -> tuple[TrainState, StepLog]:
+    schedule = make_schedule(config.schedule, hparams, warmup=config.warmup, milestones=config.milestones)
     optimizer = make_optimizer(config.optimizer, hparams, schedule)
     step_key = jax.random.fold_in(key, state.step)
     noise: dict[str, Array] = {}
     if grouped_gradient is None:
-      (loss, model_state), grads = jax.value_and_grad(workload.train_loss, has_aux=True)(
-        state.params, state.model_state, batch, step_key
-      )
+      value_and_grad = jax.value_and_grad(workload.train_loss, has_aux=True)
+      (loss, model_state), grads = value_and_grad(state.params, state.model_state, batch, step_key)
+      gradients = lambda params: value_and_grad(params, state.model_state, batch, step_key)[1]  # noqa: E731
     else:
       logged = state.step % config.noise_every == 0 if config.noise_route else jnp.asarray(False)
-      loss, grads, small, big = grouped_gradient(state, batch, step_key, logged)
+      loss, grads, small, big = grouped_gradient(state.params, state.model_state, batch, step_key, logged)
       model_state = state.model_state
+      quiet = jnp.asarray(False)
+      gradients = lambda params: grouped_gradient(params, state.model_state, batch, step_key, quiet).mean_grad  # noqa: E731
       if config.noise_route:
         noise = {"small_sq_norm": small, "big_sq_norm": big, "noise_steps": logged.astype(jnp.int32)}
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+    def grad_fn(params: Params, _: int) -> Params:  # for optimizers that look at the same batch from elsewhere
+      return gradients(params)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_fn=grad_fn)
     new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), model_state, opt_state)
     return new_state, StepLog(loss, noise)
 
@@ -96,7 +102,7 @@ def row_noise(noise: Mapping[str, Array]) -> dict[str, Array]:
 
 def _make_grouped_gradient(
   workload: Workload, config: TrialConfig, mesh: Mesh | None
-) -> Callable[[TrainState, Batch, Key, Array], GroupedGradient]:
+) -> Callable[[Params, ModelState, Batch, Key, Array], GroupedGradient]:
   size = config.microbatch_size
   if workload.batch_norm != "none" or jax.tree.leaves(jax.eval_shape(workload.init, jax.random.key(0)).model_state):
     raise ValueError(
@@ -113,15 +119,15 @@ def _make_grouped_gradient(
       )
   spread = mesh is not None and mesh.shape["data"] > 1 and size % mesh.shape["data"] == 0
 
-  def gradient(state: TrainState, batch: Batch, key: Key, logged: Array) -> GroupedGradient:
+  def gradient(params: Params, model_state: ModelState, batch: Batch, key: Key, logged: Array) -> GroupedGradient:
     def loss_fn(params: Params, microbatch: Batch, key: Key) -> Array:
-      return workload.train_loss(params, state.model_state, microbatch, key)[0]
+      return workload.train_loss(params, model_state, microbatch, key)[0]
 
     if mesh is not None and config.noise_route == "device":
-      return device_gradient(loss_fn, state.params, batch, key, mesh=mesh, with_norms=logged)
+      return device_gradient(loss_fn, params, batch, key, mesh=mesh, with_norms=logged)
     microbatches = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[1:]), batch)
     if mesh is not None and spread:
       microbatches = jax.lax.with_sharding_constraint(microbatches, NamedSharding(mesh, P(None, "data")))
-    return accumulated_gradient(loss_fn, state.params, microbatches, key, with_norms=logged)
+    return accumulated_gradient(loss_fn, params, microbatches, key, with_norms=logged)
 
   return gradient

@@ -5,14 +5,23 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from bsjax.optim import OPTIMIZERS, SCHEDULES
+from bsjax.optim import OPTIMIZERS, SCHEDULES, WARMUPS, complete_schedule
 from bsjax.records import trial_id
 from bsjax.types import Hparams
 
 NoiseRoute = Literal["", "microbatch", "device"]
 NOISE_ROUTES = ("", "microbatch", "device")
-ADDED_FIELDS = ("noise_route", "noise_every", "microbatch_size", "parent", "with_replacement")
-"""Fields that `Trial.description` leaves out at their defaults, so that trials from before they existed keep their ids."""
+ALWAYS_DESCRIBED = (
+  "learning_rate",
+  "momentum",
+  "beta2",
+  "weight_decay",
+  "probes",
+  "probe_steps",
+  "optimizer",
+  "schedule",
+)
+"""What `Trial.description` holds even at its default. It leaves out others, so that a field may be added without changing ids."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,9 @@ class TrialConfig:
       "microbatch" accumulates one microbatch after the other; "device" puts one on each device of the mesh axis "data".
     noise_every: steps between those that are logged, from the first step on.
     with_replacement: draw every batch independently; False: epoch after epoch, each in a fresh order.
+    warmup: how the rate comes up to its peak, if at all: one of `bsjax.optim.WARMUPS`. Lengths and factors are hyperparameters.
+    milestones: steps at which the schedule "step" multiplies the rate.
+    stop_at_target: end at the first evaluation that reaches the workload's target; `num_steps` is then the most steps.
     parent: id of the trial whose final parameters and optimizer state are the start; "" for a fresh start.
   """
 
@@ -39,7 +51,8 @@ class TrialConfig:
   eval_every: int
   optimizer: str = "sgd"
   schedule: str = "constant"
-  warmup_steps: int = 0
+  warmup: str = "none"
+  milestones: tuple[int, ...] = ()
   probes: tuple[str, ...] = ()
   probe_steps: tuple[int, ...] = ()
   microbatch_size: int = 0
@@ -47,15 +60,19 @@ class TrialConfig:
   noise_every: int = 0
   parent: str = ""
   with_replacement: bool = False
+  stop_at_target: bool = False
 
   def __post_init__(self) -> None:
     for name in ("batch_size", "num_steps", "eval_every"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)}, wanted at least 1")
-    if self.optimizer not in OPTIMIZERS:
-      raise ValueError(f"optimizer={self.optimizer!r} is unknown: use one of {', '.join(OPTIMIZERS)}")
-    if self.schedule not in SCHEDULES:
-      raise ValueError(f"schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
+    for name, value, known in (
+      ("optimizer", self.optimizer, OPTIMIZERS),
+      ("schedule", self.schedule, SCHEDULES),
+      ("warmup", self.warmup, WARMUPS),
+    ):
+      if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")
     for step in (self.num_steps, *self.probe_steps):
       if step % self.eval_every or not 0 <= step <= self.num_steps:
         raise ValueError(f"step {step} is not a multiple of eval_every={self.eval_every} in 0..{self.num_steps}")
@@ -87,12 +104,12 @@ class Trial(NamedTuple):
   @property
   def description(self) -> dict[str, Any]:
     """The trial as JSON: all that decides its numbers."""
-    config = dataclasses.asdict(self.config) | {
-      "probes": list(self.config.probes),
-      "probe_steps": list(self.config.probe_steps),
+    defaults = {field.name: field.default for field in dataclasses.fields(TrialConfig)}
+    return {
+      "config": _told(dataclasses.asdict(self.config), defaults),
+      "hparams": _told(self.hparams._asdict(), Hparams._field_defaults),
+      "seed": self.seed,
     }
-    config = {name: value for name, value in config.items() if value or name not in ADDED_FIELDS}
-    return {"config": config, "hparams": self.hparams._asdict(), "seed": self.seed}
 
   @property
   def id(self) -> str:
@@ -100,13 +117,21 @@ class Trial(NamedTuple):
     return trial_id(self.description)
 
 
+def _told(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+  told = {name: value for name, value in values.items() if name in ALWAYS_DESCRIBED or value != defaults.get(name)}
+  return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+
+
 def make_trial(config: TrialConfig, hparams: Hparams, seed: int) -> Trial:
-  """Builds a trial with hyperparameters as plain floats.
+  """Builds a trial with hyperparameters as plain floats; what shapes its schedule and was left at 0 is filled in.
 
   Raises:
-    ValueError: a learning rate that is not finite and positive.
+    ValueError: a learning rate that is not finite and positive, or a schedule that does not fit the run (`complete_schedule`).
   """
   plain = Hparams(*(float(value) for value in hparams))
   if not (math.isfinite(plain.learning_rate) and plain.learning_rate > 0):
     raise ValueError(f"learning_rate={plain.learning_rate}, wanted a finite number above 0")
-  return Trial(config, plain, seed)
+  complete = complete_schedule(
+    config.schedule, plain, num_steps=config.num_steps, warmup=config.warmup, milestones=config.milestones
+  )
+  return Trial(config, complete, seed)

@@ -278,9 +278,9 @@ def test_what_was_held_fixed():
   ):
     assert words in text
   assert "running statistics" in render(study=make_study(batch_norm="running")).text
-  other = make_study(optimizer="nesterov", schedule="warmup_cosine", warmup_fraction=0.05)
+  other = make_study(optimizer="nesterov", schedule="cosine", warmup_fraction=0.05)
   assert "Optimizer nesterov, momentum 0.9, weight decay 0" in render(study=other).text
-  assert "warmup_cosine, 5 % warmup; the learning rate is its peak" in render(study=other).text
+  assert "cosine, 5 % warmup; the learning rate is its peak" in render(study=other).text
   below = make_study(target={"metric": "validation_loss", "goal": 0.1, "direction": "min"})
   assert "validation loss at most 0.1;" in render(study=below).text
 

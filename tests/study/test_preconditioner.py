@@ -21,7 +21,7 @@ def test_a_step_along_a_constant_gradient(optimizer):
   params = {"kernel": draw.normal(size=(3, 4)).astype(np.float32), "bias": draw.normal(size=4).astype(np.float32)}
   grad = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params)
   hparams = Hparams(RATE, momentum=0.9 if optimizer != "lars" else 0.0, beta2=0.99)
-  transform = make_optimizer(optimizer, hparams, make_schedule("constant", num_steps=9))
+  transform = make_optimizer(optimizer, hparams, make_schedule("constant", hparams))
   opt_state = transform.init(params)
   for _ in range(3):
     updates, opt_state = transform.update(grad, opt_state, params)
@@ -37,7 +37,7 @@ def test_a_step_along_a_constant_gradient(optimizer):
 @pytest.mark.parametrize("optimizer", PRECONDITIONED)
 def test_first_step_and_zero_norms_stay_finite(optimizer):
   params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-  transform = make_optimizer(optimizer, Hparams(RATE), make_schedule("constant", num_steps=1))
+  transform = make_optimizer(optimizer, Hparams(RATE), make_schedule("constant", Hparams(RATE)))
   state = TrainState(jnp.int32(0), params, {}, transform.init(params))
   scale = preconditioner_scale(optimizer, Hparams(RATE), state, params)
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(scale))

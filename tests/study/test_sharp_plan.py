@@ -91,7 +91,7 @@ BAD = {
   "num_steps": (0, "--num_steps=0, wanted at least 1"),
   "seeds": (1, "--seeds=1, wanted at least 2"),
   "momentum": (1.0, "--momentum=1.0, wanted 0 <= momentum < 1"),
-  "optimizer": ("adam", "--optimizer=adam, wanted one of sgd"),
+  "optimizer": ("rmsprop", "--optimizer=rmsprop, wanted one of sgd"),
   "num_examples": (5000, "--num_examples=5000, wanted 2 to 1024"),
   "statistics": ("batch", "digits_mlp has no batch norm: leave the flag out"),
 }

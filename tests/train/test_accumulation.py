@@ -135,12 +135,12 @@ def test_bad_config_is_refused(changes: dict, message: str) -> None:
     dataclasses.replace(LOGGED, **changes)
 
 
-def test_ids_from_before_these_options_stay() -> None:
-  """Computed before the options existed. Another id here means that every folder of records is computed anew."""
+def test_ids_do_not_change() -> None:
+  """What has its default is left out, so that new options change none. Another id here means that all records are computed anew."""
   plain = TrialConfig("quadratic", 8, 600, 4)
-  full = TrialConfig("quadratic", 8, 600, 4, "adamw", "warmup_cosine", 5, ("norm",), (0, 600))
-  assert make_trial(plain, Hparams(0.1), 0).id == "b206e048c1767f87"
-  assert make_trial(full, Hparams(0.1), 3).id == "2a1a8856f350d0ff"
-  other = [dataclasses.replace(plain, microbatch_size=4), dataclasses.replace(plain, parent="b206e048c1767f87")]
+  full = TrialConfig("quadratic", 8, 600, 4, "adamw", "cosine", "gradual", probes=("norm",), probe_steps=(0, 600))
+  assert make_trial(plain, Hparams(0.1), 0).id == "096f99fc6df481cb"
+  assert make_trial(full, Hparams(0.1, warmup_steps=5), 3).id == "b839eb93784cb25b"
+  other = [dataclasses.replace(plain, microbatch_size=4), dataclasses.replace(plain, parent="096f99fc6df481cb")]
   other += [dataclasses.replace(other[0], noise_route="microbatch", noise_every=every) for every in (1, 2)]
   assert len({make_trial(config, Hparams(0.1), 0).id for config in (plain, *other)}) == 5

@@ -19,8 +19,8 @@ from bsjax.types import Hparams
 # As in test_pool.py: Orbax leaves reads of a damaged checkpoint behind.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
-COSINE = TrialConfig("quadratic", 8, 12, 4, optimizer="adamw", schedule="warmup_cosine", warmup_steps=2)
-PARENT = make_trial(COSINE, Hparams(0.05), 3)
+COSINE = TrialConfig("quadratic", 8, 12, 4, optimizer="adamw", schedule="cosine", warmup="gradual")
+PARENT = make_trial(COSINE, Hparams(0.05, warmup_steps=2), 3)
 
 
 def child_of(parent: Trial, **changes: object) -> TrialConfig:
@@ -30,7 +30,7 @@ def child_of(parent: Trial, **changes: object) -> TrialConfig:
 
 def test_child_continues_its_parent(tmp_path: Path) -> None:
   """Parameters and Adam's moments with their count go on; step, schedule and order of examples begin anew."""
-  child = make_trial(child_of(PARENT), Hparams(0.02), 7)
+  child = make_trial(child_of(PARENT), Hparams(0.02, warmup_steps=2, decay_steps=10), 7)
   run(tmp_path, [make_trial(COSINE, Hparams(0.01), 3), PARENT], keep_final=True)  # not the first lane
   run(tmp_path, [*trials_of(child.config, rates=(0.01,), seeds=range(5)), child])  # waits for a lane of five
   end, _ = plain_loop(quadratic(), PARENT.config, 0.05, 3, 12)
