@@ -1,7 +1,7 @@
 """A pool of lanes: trials of one config take turns in one compiled program, and leave records.
 
-A lane that finishes or diverges takes the next waiting trial. A lane's numbers do not depend on its neighbours, so
-records are the same whatever was already done, interrupted or added.
+A lane that finishes, diverges or has reached the target where its config stops takes the next waiting trial. A lane's
+numbers do not depend on its neighbours, so records are the same whatever was already done, interrupted or added.
 """
 
 import contextlib
@@ -66,6 +66,13 @@ class _Lane:
   began: float
   reported: int
   diverged_at: int | None = None
+  reached: bool = False
+  """Its target, in a config that stops there."""
+
+  @property
+  def ended(self) -> bool:
+    """Whether its rows ended before its steps: what the device computed beyond is not looked at."""
+    return self.reached or self.diverged_at is not None
 
 
 class _InFlight(NamedTuple):
@@ -117,7 +124,8 @@ def run_trials(
     keep_final: leave the last state of each trial that completes in `<folder>/<trial id>/final/`, for trials to start from.
 
   Raises:
-    ValueError: the trials' configs differ; or the parent is of another workload or optimizer.
+    ValueError: the trials' configs differ; the parent is of another workload or optimizer; or a trial's last state is to be kept where it
+      may stop at its target, between two states that the host sees.
     RecordError: a damaged file, or a parent that is missing, not complete, or without a whole final state.
 
   Holds: a rerun after a kill continues from the last checkpoint and gives bitwise the records of an uninterrupted run;
@@ -126,6 +134,8 @@ def run_trials(
   config = trials[0].config
   if any(trial.config != config for trial in trials):
     raise ValueError("trials of one pool must share their config, these differ: run one pool per config")
+  if keep_final and config.stop_at_target:
+    raise ValueError("keep_final with stop_at_target: the state at the target is not kept, choose one of them")
   waiting = list(dict.fromkeys(trial for trial in trials if not is_finished(folder / trial.id)))
   on_progress(config.num_steps * (len(set(trials)) - len(waiting)))
   if not waiting:
@@ -186,6 +196,7 @@ class _Pool:
       on_progress,
       keep_final,
     )
+    self.target = workload.target
     self._init = _init(workload, config.optimizer)
     self.lanes: list[_Lane | None] = [None] * lanes
     self.sharding = lane_sharding(mesh)
@@ -230,7 +241,7 @@ class _Pool:
 
   def must_stop(self, lane: _Lane) -> bool:
     """Tells whether the host must see this lane's state before another segment."""
-    return lane.step >= self.config.num_steps or lane.step in self.config.probe_steps or lane.diverged_at is not None
+    return lane.step >= self.config.num_steps or lane.step in self.config.probe_steps or lane.ended
 
   def next_rows(self) -> int:
     """Rows until the first lane must stop, at most a segment."""
@@ -252,10 +263,10 @@ class _Pool:
     host: Rows = jax.device_get(in_flight.rows)
     every = self.config.eval_every
     for index, seat in enumerate(in_flight.seats):
-      if seat is None or seat[0].diverged_at is not None:
+      if seat is None or seat[0].ended:
         continue
       lane, first_step = seat
-      out = []
+      out: list[dict[str, Any]] = []
       for row in range(in_flight.num_rows):
         step = first_step + (row + 1) * every
         if bad := int(host.first_nonfinite[index, row]):
@@ -271,6 +282,9 @@ class _Pool:
             **{name: values[index, row] for name, values in host.noise.items()},
           }
         )
+        lane.reached = self.config.stop_at_target and self.target.is_reached(float(out[-1][self.target.metric]))
+        if lane.reached:
+          break
       append_rows(self.folder / lane.trial.id / METRICS, out)
       self._report(lane, in_flight.num_rows * every)
 
@@ -284,9 +298,9 @@ class _Pool:
       if lane is None:
         continue
       folder = self.folder / lane.trial.id
-      if lane.diverged_at is None and lane.step in self.config.probe_steps:
+      if not lane.ended and lane.step in self.config.probe_steps:
         self._measure(index, lane)
-      if lane.diverged_at is None and lane.step < self.config.num_steps:
+      if not lane.ended and lane.step < self.config.num_steps:
         continue
       if self.keep_final and lane.diverged_at is None:
         save_final(folder, _take(self.states, index))

@@ -22,6 +22,10 @@ class Target(NamedTuple):
   goal: float
   direction: Literal["max", "min"]
 
+  def is_reached(self, value: float) -> bool:
+    """Tells whether a value of the metric is at the goal or beyond; one that is not a number never is."""
+    return value >= self.goal if self.direction == "max" else value <= self.goal
+
 
 class Preset(NamedTuple):
   """What a study of this workload asks for when no flag says otherwise."""

@@ -96,6 +96,35 @@ def test_one_compilation_for_a_whole_pool(tmp_path: Path) -> None:
   assert build_segment(quadratic(), config, num_lanes(quadratic(), config, mesh), mesh)._cache_size() == 1
 
 
+def test_trials_that_stop_at_their_target_are_the_beginnings_of_those_that_do_not(tmp_path: Path) -> None:
+  """Row by row, up to the first that reaches it; trials that never do, and one that diverges, end as without."""
+  whole = [*trials_of(CONFIG, rates=(0.1, 0.3, 1e-4), seeds=range(3)), make_trial(CONFIG, Hparams(200.0), 0)]
+  config = dataclasses.replace(CONFIG, stop_at_target=True)
+  stopping = [trial._replace(config=config) for trial in whole]
+  steps: list[int] = []
+  run(tmp_path, whole)
+  run(tmp_path, stopping, on_progress=steps.append, checkpoint_seconds=0.0)
+  assert sum(steps) == len(whole) * 600
+  target, lengths = quadratic().target, []
+  for trial, stopped in zip(whole, stopping, strict=True):
+    full, cut = read_record(tmp_path / trial.id), read_record(tmp_path / stopped.id)
+    reached = [target.is_reached(row[target.metric]) for row in full.metrics]
+    length = reached.index(True) + 1 if any(reached) else len(reached)
+    assert cut.metrics == full.metrics[:length]
+    assert cut.status["state"] == full.status["state"]
+    assert cut.trial["config"]["stop_at_target"] is True
+    lengths.append(length)
+  # The rates differ in when they arrive, 1e-4 does not arrive, 200 diverges.
+  assert len({*lengths[:6]}) > 1
+  assert max(lengths[:6]) < 150
+  assert lengths[6:9] == [150] * 3
+  assert lengths[9] < 10
+  mesh = make_mesh(data=1)
+  assert build_segment(quadratic(), config, 5, mesh) is build_segment(quadratic(), CONFIG, 5, mesh)
+  with pytest.raises(ValueError, match="keep_final with stop_at_target"):
+    run(tmp_path, stopping, keep_final=True)
+
+
 def test_diverged_trial_stops_and_touches_nobody(tmp_path: Path) -> None:
   config = dataclasses.replace(CONFIG, num_steps=1200)
   wild = make_trial(config, Hparams(200.0), 0)
