@@ -44,7 +44,10 @@ _BATCH_SIZES = flags.DEFINE_list(
   "batch_sizes", None, "comma-separated; default: up to five of the workload's", flag_values=_FLAGS
 )
 _RATE_PARTS = flags.DEFINE_list(
-  "rate_parts", None, "rates, as parts of the square-root rule's; default: 0.25,1", flag_values=_FLAGS
+  "rate_parts",
+  None,
+  "rates, as parts of the square-root rule's for sgd; adamw: about 0.005; default: 0.25,1",
+  flag_values=_FLAGS,
 )
 _NUM_EPOCHS = flags.DEFINE_float(
   "num_epochs", None, "where equal epochs are compared; default: 4 times the workload's", flag_values=_FLAGS

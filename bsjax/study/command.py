@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from absl import flags
 from bsjax.records import RecordError, lock_folder, open_folder
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+HELP_WIDTH = 118
 SHOWN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 
 
@@ -102,7 +104,8 @@ def _help(documentation: str, module: str, flag_values: flags.FlagValues) -> str
   lines = [documentation.strip(), "", "flags:"]
   for flag in flag_values.get_key_flags_for_module(module):
     default = f" ({flag.default_as_str})" if flag.default is not None else ""
-    lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
+    words = f"--{flag.name}: {' '.join((flag.help or '').split()).replace('|', ' | ')}{default}"
+    lines += textwrap.wrap(words, HELP_WIDTH, initial_indent="  ", subsequent_indent="    ")
   return "\n".join(lines)
 
 
