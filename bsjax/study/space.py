@@ -156,29 +156,29 @@ def _grid(dimension: Dimension, count: int) -> list[float]:
 
 
 def edges_of(space: Space, point: Mapping[str, Any]) -> dict[str, str]:
-  """Names the dimensions on whose "low" or "high" edge a point sits; discrete ones have none."""
+  """Names the dimensions on whose "low" or "high" edge a point sits; where nothing lies beyond, as below 0, there is no edge."""
   found = {}
   for dimension in space:
     if dimension.scale != "discrete":
-      unit = dimension.unit(point[dimension.name])
-      if not EDGE_MARGIN <= unit <= 1 - EDGE_MARGIN:
-        found[dimension.name] = "low" if unit < 0.5 else "high"
+      value = point[dimension.name]
+      unit = dimension.unit(value)
+      side = "low" if unit < 0.5 else "high"
+      near = min(unit, 1 - unit) < EDGE_MARGIN or value in (dimension.low, dimension.high)
+      if near and _beyond(dimension, side) is not None:
+        found[dimension.name] = side
   return found
 
 
 def widen(space: Space, edges: Mapping[str, str]) -> tuple[Space, Space]:
-  """Widens a space beyond the edges its best point sits on, as far as each scale goes.
+  """Widens a space beyond the first of the edges its best point sits on; the others' turn comes with the next best point.
 
   Returns:
-    The wider space, and the part of it that is new along the first of those dimensions that can grow: where to draw more points. Equal to
-    `space` twice if none can.
+    The wider space, and the part of it that is new: where to draw more points. Equal to `space` twice if there is no edge.
   """
-  for name, side in edges.items():
-    (index,) = [index for index, dimension in enumerate(space) if dimension.name == name]
-    beyond = _beyond(space[index], side)
+  for index, dimension in enumerate(space):
+    beyond = _beyond(dimension, edges[dimension.name]) if dimension.name in edges else None
     if beyond is not None:
-      low, high = min(space[index].low, beyond.low), max(space[index].high, beyond.high)
-      wider = dataclasses.replace(space[index], low=low, high=high)
+      wider = dataclasses.replace(dimension, low=min(dimension.low, beyond.low), high=max(dimension.high, beyond.high))
       return (*space[:index], wider, *space[index + 1 :]), (*space[:index], beyond, *space[index + 1 :])
   return space, space
 

@@ -90,6 +90,8 @@ def test_edges_and_widening():
 )
 def test_widening_goes_as_far_as_the_scale_does(text, edge, beyond):
   (dimension,) = space = parse_space(text)
+  place = {dimension.name: dimension.low if edge == "low" else dimension.high}
+  assert edges_of(space, place) == ({} if beyond is None else {dimension.name: edge})
   wider, new = widen(space, {dimension.name: edge})
   if beyond is None:
     assert wider == new == space
