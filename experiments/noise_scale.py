@@ -17,26 +17,14 @@ from absl import flags
 
 from bsjax.optim import OPTIMIZERS
 from bsjax.study import describe_environment, make_noise_plan, run_command, run_noise_study
-from bsjax.study.command import claim_folder, numbers_flag, use_compilation_cache
+from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
-from bsjax.workloads import WORKLOADS, load_workload, workload_settings
+from bsjax.workloads import load_workload, workload_settings
 
 SMOKE = {"num_epochs": 1, "seeds": 2}
 
-_FLAGS = flags.FlagValues()
-_WORKLOAD = flags.DEFINE_string(
-  "workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string(
-  "out", "runs/noise_scale", "folder for the results; new, empty, or to be continued", flag_values=_FLAGS
-)
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=_FLAGS
-)
-_MANUAL_DIR = flags.DEFINE_string(
-  "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=_FLAGS
-)
+_FLAGS = define_study_flags("runs/noise_scale", smoke="one batch size and a minute budget")
 _BATCH_SIZES = flags.DEFINE_list(
   "batch_sizes", None, "comma-separated; default: three of the workload's", flag_values=_FLAGS
 )
@@ -52,12 +40,6 @@ _NUM_EPOCHS = flags.DEFINE_float(
 _SEEDS = flags.DEFINE_integer("seeds", None, "of every run, at least 2", flag_values=_FLAGS)
 _OPTIMIZER = flags.DEFINE_enum("optimizer", "sgd", OPTIMIZERS, "sgd has no momentum", flag_values=_FLAGS)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.9, "for optimizers that have it; also beta1", flag_values=_FLAGS)
-_TRIAL_DEVICES = flags.DEFINE_integer(
-  "trial_devices", 1, "devices across which trials are spread; the rest share batches", flag_values=_FLAGS
-)
-_SMOKE = flags.DEFINE_bool(
-  "smoke", False, "one batch size and a minute budget, to see that it works", flag_values=_FLAGS
-)
 
 
 def prepare(
@@ -94,12 +76,7 @@ def run(workload: str = "digits_mlp", out: str | Path = "runs/noise_scale", **op
 def _prepare_from_flags() -> Callable[[], Path]:
   use_compilation_cache()
   return prepare(
-    _WORKLOAD.value,
-    _OUT.value,
-    data_dir=_DATA_DIR.value,
-    manual_dir=_MANUAL_DIR.value,
-    smoke=_SMOKE.value,
-    trial_devices=_TRIAL_DEVICES.value,
+    **study_options(_FLAGS),
     batch_sizes=numbers_flag("batch_sizes", _BATCH_SIZES.value, int, "whole numbers, such as 8,64,"),
     learning_rates=numbers_flag("learning_rates", _LEARNING_RATES.value, float, "numbers, such as 0.05,0.2,"),
     num_epochs=_NUM_EPOCHS.value,

@@ -19,27 +19,15 @@ from absl import flags
 
 from bsjax.optim import OPTIMIZERS
 from bsjax.study import describe_environment, make_sharp_plan, run_command, run_sharp_study
-from bsjax.study.command import claim_folder, numbers_flag, use_compilation_cache
+from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.study.sharp_plan import STATISTICS
 from bsjax.train import make_mesh
-from bsjax.workloads import WORKLOADS, load_workload, workload_settings
+from bsjax.workloads import load_workload, workload_settings
 
 SMOKE = {"num_epochs": 2, "num_steps": 32, "seeds": 2, "train_loss": 1.5}
 
-_FLAGS = flags.FlagValues()
-_WORKLOAD = flags.DEFINE_string(
-  "workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function", flag_values=_FLAGS
-)
-_OUT = flags.DEFINE_string(
-  "out", "runs/sharp_minima", "folder for the results; new, empty, or to be continued", flag_values=_FLAGS
-)
-_DATA_DIR = flags.DEFINE_string(
-  "data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=_FLAGS
-)
-_MANUAL_DIR = flags.DEFINE_string(
-  "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=_FLAGS
-)
+_FLAGS = define_study_flags("runs/sharp_minima", smoke="two batch sizes and a minute budget")
 _BATCH_SIZES = flags.DEFINE_list(
   "batch_sizes", None, "comma-separated; default: up to five of the workload's", flag_values=_FLAGS
 )
@@ -66,12 +54,6 @@ _NUM_EXAMPLES = flags.DEFINE_integer(
 )
 _STATISTICS = flags.DEFINE_enum(
   "statistics", "running", STATISTICS, "which batch-norm statistics the measures use", flag_values=_FLAGS
-)
-_TRIAL_DEVICES = flags.DEFINE_integer(
-  "trial_devices", 1, "devices across which trials are spread; the rest share batches", flag_values=_FLAGS
-)
-_SMOKE = flags.DEFINE_bool(
-  "smoke", False, "two batch sizes and a minute budget, to see that it works", flag_values=_FLAGS
 )
 
 
@@ -109,12 +91,7 @@ def run(workload: str = "digits_mlp", out: str | Path = "runs/sharp_minima", **o
 def _prepare_from_flags() -> Callable[[], Path]:
   use_compilation_cache()
   return prepare(
-    _WORKLOAD.value,
-    _OUT.value,
-    data_dir=_DATA_DIR.value,
-    manual_dir=_MANUAL_DIR.value,
-    smoke=_SMOKE.value,
-    trial_devices=_TRIAL_DEVICES.value,
+    **study_options(_FLAGS),
     batch_sizes=numbers_flag("batch_sizes", _BATCH_SIZES.value, int, "whole numbers, such as 8,64,"),
     rate_parts=numbers_flag("rate_parts", _RATE_PARTS.value, float, "numbers, such as 0.25,1,"),
     num_epochs=_NUM_EPOCHS.value,

@@ -15,8 +15,10 @@ import jax
 from absl import flags
 
 from bsjax.records import RecordError, lock_folder, open_folder
+from bsjax.workloads import WORKLOADS
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+STUDY_FLAGS = ("workload", "out", "data_dir", "manual_dir", "trial_devices", "smoke")
 HELP_WIDTH = 118
 SHOWN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 
@@ -86,6 +88,34 @@ def claim_folder(out: str | Path, settings: dict[str, Any], run: Callable[[Path]
   return locked
 
 
+def define_study_flags(out: str, *, smoke: str) -> flags.FlagValues:
+  """Defines the flags that every study of a workload has, and returns them: flags of its own, so that experiments can import each other.
+
+  Args:
+    out: the default folder for results.
+    smoke: what `--smoke` does.
+  """
+  study_flags = flags.FlagValues()
+  flags.DEFINE_string(
+    "workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function", flag_values=study_flags
+  )
+  flags.DEFINE_string("out", out, "folder for the results; new, empty, or to be continued", flag_values=study_flags)
+  flags.DEFINE_string("data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=study_flags)
+  flags.DEFINE_string(
+    "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=study_flags
+  )
+  flags.DEFINE_integer(
+    "trial_devices", 1, "devices across which trials are spread; the rest share batches", flag_values=study_flags
+  )
+  flags.DEFINE_bool("smoke", False, f"{smoke}, to see that it works", flag_values=study_flags)
+  return study_flags
+
+
+def study_options(study_flags: flags.FlagValues) -> dict[str, Any]:
+  """Reads what `define_study_flags` defined, by name, after the flags were parsed."""
+  return {name: study_flags[name].value for name in STUDY_FLAGS}
+
+
 def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:
   """Reads a comma-separated flag as numbers, each once, ascending; None where it was not given.
 
@@ -102,7 +132,7 @@ def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) ->
 
 def _help(documentation: str, module: str, flag_values: flags.FlagValues) -> str:
   lines = [documentation.strip(), "", "flags:"]
-  for flag in flag_values.get_key_flags_for_module(module):
+  for flag in (*flag_values.get_key_flags_for_module(__name__), *flag_values.get_key_flags_for_module(module)):
     default = f" ({flag.default_as_str})" if flag.default is not None else ""
     words = f"--{flag.name}: {' '.join((flag.help or '').split()).replace('|', ' | ')}{default}"
     lines += textwrap.wrap(words, HELP_WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -114,7 +144,7 @@ def run_command(
   *,
   documentation: str,
   module: str,
-  flag_values: flags.FlagValues = flags.FLAGS,
+  flag_values: flags.FlagValues,
 ) -> int:
   """Parses the flags, runs an experiment, and returns the exit code.
 

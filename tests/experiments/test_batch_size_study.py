@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from bsjax.records import RecordError, read_records
 from bsjax.study import run_command
@@ -126,13 +125,18 @@ def test_a_second_run_computes_nothing(out: Path) -> None:
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
   """Runs the command in this process and returns its one line of error."""
-  flags.FLAGS.unparse_flags()
-  for name in flags.FLAGS.flags_by_module_dict()["experiments.batch_size_study"]:
-    name.unparse()
+  batch_size_study._FLAGS.unparse_flags()
+  for name in list(batch_size_study._FLAGS):
+    batch_size_study._FLAGS[name].unparse()
   old = sys.argv
   sys.argv = ["batch_size_study", *arguments]
   try:
-    code = run_command(batch_size_study._prepare_from_flags, documentation="", module="experiments.batch_size_study")
+    code = run_command(
+      batch_size_study._prepare_from_flags,
+      documentation="",
+      module="experiments.batch_size_study",
+      flag_values=batch_size_study._FLAGS,
+    )
   finally:
     sys.argv = old
   assert code == 2
@@ -157,8 +161,8 @@ BAD_FLAGS = [
   (["--base_learning_rate=-0.1"], "base_learning_rate=-0.1"),
   (["--base_learning_rate=inf"], "base_learning_rate=inf"),
   (["--batch_sizes=1024"], "the training set has 512 examples"),
-  (["--batch_sizes=1,x"], "wanted whole numbers separated by commas"),
-  (["--batch_sizes=-4"], "wanted whole numbers"),
+  (["--batch_sizes=1,x"], "wanted whole numbers, such as 1,8,64, separated by commas"),
+  (["--batch_sizes=-4"], "--batch_sizes has -4, wanted at least 1"),
   (["--batch_sizes=1.5"], "wanted whole numbers"),
   (["--final_seeds=1"], "final_seeds=1, wanted at least 3"),
   (["--momentum=1"], "momentum=1.0"),

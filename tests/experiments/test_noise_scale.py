@@ -320,7 +320,7 @@ def test_bad_flag_is_one_line_and_touches_nothing(
 
 
 def test_two_experiments_live_in_one_process() -> None:
-  assert batch_size_study._OUT.default != noise_scale._OUT.default
+  assert batch_size_study._FLAGS["out"].default != noise_scale._FLAGS["out"].default
 
 
 def test_help_is_one_screen() -> None:
