@@ -25,11 +25,20 @@ def workload_of(kind: str) -> Workload:
   return quadratic() if kind == "quadratic" else classifier(kind)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mlp", 3), ("cnn", 3), ("quadratic", 4), ("quadratic", 12)])
-def test_accumulated_step_is_the_large_step(kind: str, size: int) -> None:
-  workload = workload_of(kind)
-  whole, whole_rows = run_segment(workload, dataclasses.replace(CONFIG, microbatch_size=0), [0.05], num_rows=4)
-  parts, rows = run_segment(workload, dataclasses.replace(CONFIG, microbatch_size=size), [0.05], num_rows=4)
+@pytest.mark.parametrize(
+  ("kind", "size", "optimizer"),
+  [
+    ("mlp", 3, "momentum"),
+    ("cnn", 3, "momentum"),
+    ("quadratic", 4, "momentum"),
+    ("quadratic", 12, "momentum"),
+    ("mlp", 3, "sam"),  # whose second gradient is accumulated too
+  ],
+)
+def test_accumulated_step_is_the_large_step(kind: str, size: int, optimizer: str) -> None:
+  workload, config = workload_of(kind), dataclasses.replace(CONFIG, optimizer=optimizer)
+  whole, whole_rows = run_segment(workload, dataclasses.replace(config, microbatch_size=0), [0.05], num_rows=4)
+  parts, rows = run_segment(workload, dataclasses.replace(config, microbatch_size=size), [0.05], num_rows=4)
   # as for a segment against a plain loop: 24 steps round differently
   assert relative_difference(parts.params, whole.params) < 1e-5
   np.testing.assert_allclose(rows.train_loss[0, :4], whole_rows.train_loss[0, :4], rtol=1e-5)
