@@ -1,7 +1,7 @@
 """Fits with intervals: power laws, the curve of steps against batch size, the knee of a throughput curve."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -102,7 +102,7 @@ def bootstrap_slope(x: np.ndarray, y: np.ndarray) -> Interval:
   value = float(lever @ [g.mean() for g in groups])
   if min(map(len, groups)) < 2:
     return Interval(value, np.nan, np.nan)
-  return _percentiles(value, resampled_means(groups) @ lever)
+  return percentiles(value, resampled_means(groups) @ lever)
 
 
 def resampled_means(groups: Sequence[np.ndarray]) -> np.ndarray:
@@ -179,33 +179,62 @@ def bootstrap_critical_batch_size(batch_sizes: np.ndarray, steps: np.ndarray) ->
     if whole:
       groups.append(np.log(group))
 
-  def refused(reason: str) -> CriticalBatchSize:
-    return CriticalBatchSize(UNKNOWN, UNKNOWN, reason, tuple(used), tuple(excluded), np.nan, np.empty((0, 2)))
-
   if len(used) < MIN_BATCH_SIZES:
-    return refused(
-      f"only {len(used)} batch sizes have two or more seeds that all reached the target, and {MIN_BATCH_SIZES} are needed"
-    )
-  log_b = np.log(used)
+    reason = f"only {len(used)} batch sizes have two or more seeds that all reached the target, and {MIN_BATCH_SIZES} are needed"
+    return CriticalBatchSize(UNKNOWN, UNKNOWN, reason, tuple(used), tuple(excluded), np.nan, np.empty((0, 2)))
   means = np.array([g.mean() for g in groups])
-  point = np.stack(_fit_log_steps(log_b, means[None]), axis=1)[0]
-  misfit = float(np.sqrt(np.mean((means - point[0] - np.log1p(np.exp(point[1] - log_b))) ** 2)))
-  explained = np.mean([g.var(ddof=1) / len(g) for g in groups])
-  excess = max(0.0, misfit**2 * len(used) / (len(used) - 2) - explained)
-  noise = np.random.default_rng(RESAMPLING_SEED + 1).normal(size=(NUM_RESAMPLES, len(used)))
-  resampled = resampled_means(groups) + np.sqrt(excess) * noise
-  samples = np.exp(np.stack(_fit_log_steps(log_b, resampled), axis=1))
-  s_min, critical = (_percentiles(float(np.exp(point[i])), samples[:, i]) for i in (0, 1))
+  explained = float(np.mean([g.var(ddof=1) / len(g) for g in groups]))
+  return fit_critical_batch_size(used, means, resampled_means(groups), explained=explained, excluded=excluded)
+
+
+def fit_critical_batch_size(
+  batch_sizes: Sequence[int],
+  log_steps: np.ndarray,
+  resampled: np.ndarray,
+  *,
+  explained: float,
+  excluded: Sequence[int] = (),
+) -> CriticalBatchSize:
+  """Fits one number of steps for each batch size; the interval comes from resampled curves and from the scatter about the fit.
+
+  Args:
+    batch_sizes: n, rising.
+    log_steps: f64[n].
+    resampled: f64[R, n], other values that log_steps might have had.
+    explained: mean variance of log_steps that the resampled curves account for. What the scatter about the fit has beyond it,
+      misfit^2 n / (n - 2) - explained, is added to them as normal noise.
+    excluded: batch sizes to report as left out.
+
+  Holds: refuses what `bootstrap_critical_batch_size` refuses.
+  """
+
+  def refused(reason: str) -> CriticalBatchSize:
+    return CriticalBatchSize(UNKNOWN, UNKNOWN, reason, tuple(batch_sizes), tuple(excluded), np.nan, np.empty((0, 2)))
+
+  count = len(batch_sizes)
+  if count < MIN_BATCH_SIZES:
+    return refused(f"only {count} batch sizes are usable, and {MIN_BATCH_SIZES} are needed")
+  log_b = np.log(batch_sizes)
+  point = np.stack(_fit_log_steps(log_b, log_steps[None]), axis=1)[0]
+  misfit = float(np.sqrt(np.mean((log_steps - point[0] - np.log1p(np.exp(point[1] - log_b))) ** 2)))
+  excess = max(0.0, misfit**2 * count / (count - 2) - explained)
+  noise = np.random.default_rng(RESAMPLING_SEED + 1).normal(size=resampled.shape)
+  samples = np.exp(np.stack(_fit_log_steps(log_b, resampled + np.sqrt(excess) * noise), axis=1))
+  s_min, critical = (percentiles(float(np.exp(point[i])), samples[:, i]) for i in (0, 1))
   near = 1.01
-  if critical.low <= near * used[0] / SEARCH_FACTOR:
-    return refused(f"the steps do not fall in proportion to the batch size anywhere from {used[0]} to {used[-1]}")
-  if critical.high >= used[-1] * SEARCH_FACTOR / near:
-    return refused(f"the curve shows no clear bend up to batch size {used[-1]}")
-  return CriticalBatchSize(critical, s_min, "", tuple(used), tuple(excluded), misfit, samples)
+  if critical.low <= near * batch_sizes[0] / SEARCH_FACTOR:
+    return refused(
+      f"the steps do not fall in proportion to the batch size anywhere from {batch_sizes[0]} to {batch_sizes[-1]}"
+    )
+  if critical.high >= batch_sizes[-1] * SEARCH_FACTOR / near:
+    return refused(f"the curve shows no clear bend up to batch size {batch_sizes[-1]}")
+  return CriticalBatchSize(critical, s_min, "", tuple(batch_sizes), tuple(excluded), misfit, samples)
 
 
-def _percentiles(value: float, samples: np.ndarray) -> Interval:
-  low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def percentiles(value: float, samples: np.ndarray) -> Interval:
+  """Returns the value with the middle `CONFIDENCE` of its samples, f64[R]; infinite samples count as large."""
+  method: Literal["linear", "inverted_cdf"] = "linear" if np.isfinite(samples).all() else "inverted_cdf"
+  low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], method=method)
   return Interval(value, float(low), float(high))
 
 

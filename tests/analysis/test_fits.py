@@ -3,7 +3,7 @@ import pytest
 from scipy import optimize, stats
 
 from bsjax.analysis import bootstrap_critical_batch_size, bootstrap_slope, fit_steps, fits, knee, loglog_slope
-from bsjax.analysis.fits import vertex, welch
+from bsjax.analysis.fits import percentiles, vertex, welch
 
 SIZES = 2.0 ** np.arange(0, 11)
 
@@ -159,3 +159,11 @@ def test_welch_agrees_with_the_two_sample_test():
   interval = welch([small], [large])
   assert interval == pytest.approx((small.mean() - large.mean(), expected.low, expected.high))
   assert np.isnan(welch([small[:1]], [large])).all()
+
+
+def test_percentiles_count_infinite_samples_as_large():
+  samples = np.arange(1.0, 101.0)
+  assert percentiles(50, samples) == pytest.approx((50, *np.quantile(samples, [0.025, 0.975])))
+  samples[-5:] = np.inf
+  assert percentiles(50, samples) == (50, 3, np.inf)  # the third of 100 is the first at 2.5 % or more
+  assert percentiles(np.inf, np.full(10, np.inf)) == (np.inf,) * 3
