@@ -201,6 +201,18 @@ def test_nothing_to_do_is_no_step(name):
   assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize(("name", "published"), [("adam", 1e-8), ("adamw", 1e-8), ("lamb", 1e-6)])
+@pytest.mark.parametrize("given", [0.0, 3e-6])
+def test_epsilon_is_the_published_one_unless_it_is_given(name, published, given):
+  """Adam's first step is eta g / (|g| + epsilon), here of a bias, which no trust ratio scales."""
+  hparams = Hparams(learning_rate=0.1, epsilon=given)
+  optimizer = make_optimizer(name, hparams, make_schedule("constant", hparams))
+  params, grads = {"bias": jnp.zeros(2)}, {"bias": jnp.full(2, 1e-6)}
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  # a dozen float32 roundings; the two epsilons differ by half of the step
+  np.testing.assert_allclose(updates["bias"], -0.1 * 1e-6 / (1e-6 + (given or published)), rtol=1e-5)
+
+
 def test_unknown_name_lists_the_known():
   with pytest.raises(ValueError, match="'rmsprop'; use one of sgd, momentum, momentum_absorbed, nesterov"):
     make_optimizer("rmsprop", HPARAMS, make_schedule("constant", HPARAMS))
