@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bsjax.study.sharp
-from bsjax.records import read_records
+from bsjax.records import read_record, read_records
 from bsjax.study import run_command
 from bsjax.workloads import load_workload
 from experiments import sharp_minima
@@ -179,6 +179,63 @@ def test_an_interrupted_study_ends_with_the_same_rows(tmp_path: Path, monkeypatc
   sharp_minima.run("quadratic", tmp_path / "cut", **SMALL)
   assert 0 < measurements.calls < calls / 2
   assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def told(trial: dict, steps: list[int], step: int) -> list[dict]:
+  """Makes up the rows of a checkpoint so that all five claims hold, each with a number that is known beforehand.
+
+  Seeds differ by a factor in every eigenvalue, so that an answer that mixes them is wrong or has an interval.
+  """
+  size, seed, rate = trial["config"]["batch_size"], trial["seed"], trial["hparams"]["learning_rate"]
+  eigenvalue = {"probe": "measure", "measure": "top_eigenvalue", "error": 0.0, "error_kind": "residual", "step": step}
+  if trial["kind"] == "solution":
+    phase, power = {steps[1]: ("level", 0.5), steps[-1]: ("budget", 0.25)}.get(step, ("", 0.0))
+    value = size**power * trial["rate_part"] ** 0.3 * (1 + 0.1 * seed)
+    error = 0.01 * value if phase == "level" else 1 - 0.01 * value
+    test = {"probe": "test", "step": step, "train_loss": 0.1, "test_accuracy": 1 - error, "test_loss": -error}
+    return [test, eigenvalue | {"phase": phase, "value": value}] if phase else [test]
+  if trial["kind"] == "escape":
+    settled = {"large_small": 0.25, "small_large": 2.0}.get(trial["branch"], 1.0)
+    return [eigenvalue | {"value": (1 + seed) * (settled if 2 * step >= steps[-1] else 1.0)}]
+  spike = 10.0 if step == steps[len(steps) // 2] else 1.0
+  return [eigenvalue | {"value": spike * 0.95 * (size / 512) ** 0.1 * 2 / rate}]
+
+
+def test_claims_tell_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """From rows to `claims.json`: every judge gets the rows meant for it, and the numbers are those that were put in."""
+
+  def measure(trial, state):
+    return told(
+      read_record(tmp_path / "sharp_minima" / trial.id).trial, list(trial.config.probe_steps), int(state.step)
+    )
+
+  line = {
+    -0.2: 2.0,
+    0.0: 1.0,
+    0.2: 2.0,
+    0.8: 4.0,
+    1.0: 1.0,
+    1.2: 4.0,
+  }  # rises by 1 around small batches, by 3 around large
+  lines = {f"line_{seed}": [{"x": x, "train_loss": (1 + seed) * y} for x, y in line.items()] for seed in (0, 1)}
+  monkeypatch.setattr(bsjax.study.sharp, "SharpMeasurements", lambda *_: measure)
+  monkeypatch.setattr(bsjax.study.sharp, "EdgeMeasurements", lambda *_: measure)
+  monkeypatch.setattr(bsjax.study.sharp, "draw_landscapes", lambda *_, **__: None)
+  monkeypatch.setattr(bsjax.study.sharp, "read_landscapes", lambda _: lines)
+  sharp_minima.run("quadratic", tmp_path, **SMALL | {"rate_parts": (0.25, 0.5, 1.0)})
+  claims = json.loads((tmp_path / "claims.json").read_text())
+  assert [claim["verdict"] for claim in claims] == ["holds"] * 5
+  flat, generalizes, sharper, escapes, edge = claims
+  assert flat["unit"].endswith("at equal epochs")  # the smaller of the slopes 0.5 and 0.25
+  assert (flat["n"], generalizes["n"], sharper["n"], escapes["n"], edge["n"]) == (12, 12, 2, 2, 6)
+  assert "from small to large" in escapes["unit"]  # the weaker of the factors 1/4 and 2
+  assert (
+    generalizes["measured"] == 1 == generalizes["ci_high"]
+  )  # resampled settings have ties, so the lower end is below 1
+  for claim, known in ((flat, 0.25), (sharper, 3.0), (escapes, 2.0), (edge, 0.95)):
+    # Made-up numbers are exact to float64, and the same in every seed and at every rate: so the interval is a point.
+    ends = [claim[name] for name in ("measured", "ci_low", "ci_high")]
+    assert ends == pytest.approx([known] * 3, rel=1e-9), claim["id"]
 
 
 def test_solutions_that_diverge_leave_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
