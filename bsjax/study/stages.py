@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from bsjax.records import Record, read_record
-from bsjax.train import Trial, TrialConfig, make_trial, run_trials
+from bsjax.train import Plan, Trial, TrialConfig, make_trial, run_trials
 from bsjax.types import Hparams
 from bsjax.workloads import Workload
 
@@ -91,7 +91,9 @@ def run_stages(
   records: list[Record] = []
   while (stage := next_stage(records)) is not None:
     trial = _trial_of(workload, stage, hparams, seed, records, optimizer, rows_per_stage, probes)
-    run_trials(workload, [trial], folder, mesh=mesh, probe=probe, provenance=provenance, keep_final=True)
+    run_trials(  # one trial at a time: no lanes beside it
+      workload, [trial], folder, mesh=mesh, probe=probe, provenance=provenance, keep_final=True, plan=Plan()
+    )
     records.append(read_record(folder / trial.id))
     if records[-1].status["state"] != "complete":
       break

@@ -1,8 +1,9 @@
-"""State, step, segment, trial, pool of lanes, checkpoint."""
+"""State, step, segment, trial, plan, pool of lanes, checkpoint."""
 
 from bsjax.train.checkpoint import restore_final
 from bsjax.train.evaluate import Chunked, chunked, evaluate
-from bsjax.train.pool import num_lanes, run_trials
+from bsjax.train.plan import PLANS, Plan
+from bsjax.train.pool import run_trials
 from bsjax.train.segment import build_segment, device_arrays, make_mesh, rows_per_segment
 from bsjax.train.state import INIT_STREAM, ORDER_STREAM, PROBE_STREAM, TrainState, init_state, stream
 from bsjax.train.step import StepLog, make_logged_step, make_step
@@ -11,8 +12,10 @@ from bsjax.train.trial import Trial, TrialConfig, make_trial
 __all__ = [
   "INIT_STREAM",
   "ORDER_STREAM",
+  "PLANS",
   "PROBE_STREAM",
   "Chunked",
+  "Plan",
   "StepLog",
   "TrainState",
   "Trial",
@@ -27,7 +30,6 @@ __all__ = [
   "make_step",
   "make_trial",
   "restore_final",
-  "num_lanes",
   "rows_per_segment",
   "run_trials",
   "stream",

@@ -14,31 +14,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bsjax.records import append_rows, create_trial, cut_rows, read_record, set_status, trial_id
+from bsjax.records import RecordError, append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
 from bsjax.train.checkpoint import restore_checkpoint, restore_final, save_checkpoint, save_final
-from bsjax.train.evaluate import chunked
-from bsjax.train.segment import Rows, build_segment, device_arrays, everywhere, lane_sharding, rows_per_segment
+from bsjax.train.evaluate import Chunked, chunked
+from bsjax.train.plan import (
+  Choice,
+  Plan,
+  candidates,
+  choose_plan,
+  measure_plan,
+  num_lanes,
+  remember_plan,
+  remembered_plan,
+  step_flops,
+)
+from bsjax.train.segment import (
+  Rows,
+  build_segment,
+  device_arrays,
+  everywhere,
+  idle_lanes,
+  lane_groups,
+  lane_sharding,
+  rows_per_segment,
+)
 from bsjax.train.state import TrainState, branch_state, init_state
 from bsjax.train.trial import Trial, TrialConfig
-from bsjax.types import Array, Hparams
-from bsjax.workloads import Workload, num_params
+from bsjax.types import Batch, Hparams
+from bsjax.workloads import Workload
 
 Probe = Callable[[Trial, TrainState], list[dict[str, Any]]]
 """Measures at a step of `config.probe_steps` and returns flat rows for `probes.jsonl`."""
 
-SIDE_BY_SIDE = 5
-"""Lanes of a pool whose steps are so small that starting them costs more than computing them."""
-SMALL_STEP_FLOPS = {"cpu": 2e6, "gpu": 2e9, "tpu": 2e9}
-"""Below this many FLOP a step (6 P B) is small. CPU: measured break-even on two cores (docs/architecture.md); the others are
-guesses until measured."""
-
 
 @functools.lru_cache(maxsize=32)
-def _init(workload: Workload, optimizer: str) -> Callable[[Hparams, Array], TrainState]:
+def _init(workload: Workload, optimizer: str) -> Callable[[Hparams, np.uint32], TrainState]:
   return jax.jit(lambda hparams, seed: init_state(workload, optimizer, hparams, seed))
 
 
@@ -62,6 +76,7 @@ class _Lane:
   """A trial in its seat: the step of its state on the device, and how many steps were reported as progress."""
 
   trial: Trial
+  folder: Path
   step: int
   began: float
   reported: int
@@ -76,19 +91,11 @@ class _Lane:
 
 
 class _InFlight(NamedTuple):
-  """A dispatched segment: its rows, how many, and each lane with the step at which they begin."""
+  """A dispatched segment: its rows, how many for each group, and each lane with the step at which they begin."""
 
   rows: Rows
-  num_rows: int
+  num_rows: np.ndarray
   seats: list[tuple[_Lane, int] | None]
-
-
-def num_lanes(workload: Workload, config: TrialConfig, mesh: Mesh) -> int:
-  """Chooses how many trials run side by side: a function of the config and the mesh only, so that programs are the same on a rerun."""
-  small = 6 * num_params(workload) * config.batch_size <= SMALL_STEP_FLOPS.get(jax.default_backend(), 2e9)
-  lanes = SIDE_BY_SIDE if small else 1
-  spread = mesh.shape["trial"]
-  return -(-lanes // spread) * spread
 
 
 def is_finished(folder: Path) -> bool:
@@ -107,6 +114,7 @@ def run_trials(
   on_progress: Callable[[int], None] = lambda steps: None,
   checkpoint_seconds: float = 20.0,
   keep_final: bool = False,
+  plan: Plan | None = None,
 ) -> None:
   """Trains every trial that is not finished and writes its directory `<folder>/<trial id>/`.
 
@@ -122,11 +130,14 @@ def run_trials(
     on_progress: called with the number of trial-steps that were just settled (trained, skipped or given up).
     checkpoint_seconds: at most about this much work is lost to a kill.
     keep_final: leave the last state of each trial that completes in `<folder>/<trial id>/final/`, for trials to start from.
+    plan: how many trials run side by side and in turn; None: what the folder remembers, else what is fastest here
+      (`bsjax.train.plan`). It decides the time, and the rounding of the numbers.
 
   Raises:
     ValueError: the trials' configs differ; the parent is of another workload or optimizer; or a trial's last state is to be kept where it
       may stop at its target, between two states that the host sees.
-    RecordError: a damaged file, or a parent that is missing, not complete, or without a whole final state.
+    RecordError: a damaged file; interrupted trials that were begun under another plan or on other devices; a parent that is missing, not
+      complete, or without a whole final state.
 
   Holds: a rerun after a kill continues from the last checkpoint and gives bitwise the records of an uninterrupted run;
   a diverged trial takes no further segment and never touches another.
@@ -141,12 +152,15 @@ def run_trials(
   if not waiting:
     return
 
-  lanes = num_lanes(workload, config, mesh)
-  segment = build_segment(workload, config, lanes, mesh)
   train = device_arrays(workload.train.arrays, mesh)
   validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
-  pool = _Pool(workload, config, folder, lanes, mesh, provenance or {}, probe, on_progress, keep_final)
   checkpoints = folder / "checkpoints" / trial_id(trials[0].description["config"])
+  plan = _decide(plan, workload, waiting, folder, mesh, checkpoints, train, validation)
+  segment = build_segment(workload, config, num_lanes(plan, mesh), mesh, plan.in_turn)
+  provenance = (provenance or {}) | {"plan": plan._asdict() | {"devices": mesh.shape["trial"]}}
+  if num_lanes(plan, mesh) > 1:
+    waiting.sort(key=lambda trial: trial.seed)  # neighbours of one seed share the drawing of their order
+  pool = _Pool(workload, config, folder, plan, mesh, provenance, probe, on_progress, keep_final)
   pool.restore(checkpoints, waiting)
   saved = time.monotonic()
   in_flight: _InFlight | None = None
@@ -163,7 +177,7 @@ def run_trials(
         save_checkpoint(checkpoints, pool.states, pool.occupants())
         saved = time.monotonic()
     num_rows = pool.next_rows()
-    pool.states, rows = segment(pool.states, pool.hparams, pool.seeds, jnp.int32(num_rows), train, validation)
+    pool.states, rows = segment(pool.states, pool.hparams, pool.seeds, num_rows, train, validation)
     dispatched = _InFlight(rows, num_rows, pool.advance(num_rows))
     if in_flight is not None:
       pool.write(in_flight)  # while the device computes the segment just dispatched
@@ -171,6 +185,41 @@ def run_trials(
   shutil.rmtree(checkpoints, ignore_errors=True)
   with contextlib.suppress(OSError):  # other pools may have theirs beside it
     checkpoints.parent.rmdir()
+
+
+def _decide(
+  forced: Plan | None,
+  workload: Workload,
+  waiting: list[Trial],
+  folder: Path,
+  mesh: Mesh,
+  checkpoints: Path,
+  train: Batch,
+  validation: Chunked,
+) -> Plan:
+  """Settles the plan of a pool and leaves it in the folder, where a rerun finds it."""
+  config = waiting[0].config
+  remembered = remembered_plan(folder, config, mesh)
+  if forced is not None and remembered not in (None, forced) and checkpoints.exists():
+    raise RecordError(
+      f"the trials of {checkpoints} were begun under {tuple(remembered)}, wanted plan={tuple(forced)}: leave plan out to go on with them, "
+      "or delete that folder to begin them anew"
+    )
+  if remembered is not None and forced in (None, remembered):
+    return remembered
+  if forced is not None:
+    choice = Choice(forced, "forced")
+  else:
+    seeds = sorted(trial.seed for trial in waiting)
+    for_each = -(-len(waiting) // mesh.shape["trial"])
+    plans = candidates(step_flops(workload, config.batch_size), for_each, jax.default_backend())
+    choice = choose_plan(
+      plans,
+      len(waiting) * config.num_steps,
+      lambda plan: measure_plan(workload, config, plan, mesh, seeds, train, validation),
+    )
+  remember_plan(folder, config, mesh, choice)
+  return choice.plan
 
 
 class _Pool:
@@ -181,7 +230,7 @@ class _Pool:
     workload: Workload,
     config: TrialConfig,
     folder: Path,
-    lanes: int,
+    plan: Plan,
     mesh: Mesh,
     provenance: dict[str, Any],
     probe: Probe | None,
@@ -198,24 +247,23 @@ class _Pool:
     )
     self.target = workload.target
     self._init = _init(workload, config.optimizer)
-    self.lanes: list[_Lane | None] = [None] * lanes
+    self.lanes: list[_Lane | None] = [None] * num_lanes(plan, mesh)
+    self.group_of = lane_groups(len(self.lanes), plan.in_turn, mesh)
+    self.seats = np.argsort(self.group_of, kind="stable").tolist()
     self.sharding = lane_sharding(mesh)
-    idle = Hparams(*(jnp.zeros(lanes, jnp.float32) for _ in Hparams._fields)), jnp.zeros(lanes, jnp.uint32)
-    self.hparams, self.seeds = jax.device_put(idle, self.sharding)
-    shapes = jax.eval_shape(self._init, self._one_hparams(Hparams(0.0)), jnp.uint32(0))
-    self.start = branch_state(restore_final(folder, config, like=shapes)) if config.parent else None
-    self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes, *leaf.shape), leaf.dtype), shapes)
-    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.shapes)
-    self.states = jax.device_put(blank, self.sharding)
+    self.states, self.hparams, self.seeds = idle_lanes(workload, config, len(self.lanes), mesh)
+    self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.states)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.shapes)
+    self.start = branch_state(restore_final(folder, config, like=one)) if config.parent else None
 
   @staticmethod
   def _one_hparams(hparams: Hparams) -> Hparams:
-    return Hparams(*(jnp.float32(value) for value in hparams))
+    return jax.tree.map(np.float32, hparams)
 
-  def _seat(self, index: int, trial: Trial, state: TrainState, step: int) -> None:
-    self.lanes[index] = _Lane(trial, step, time.monotonic(), reported=step)
+  def _seat(self, index: int, trial: Trial, folder: Path, state: TrainState, step: int) -> None:
+    self.lanes[index] = _Lane(trial, folder, step, time.monotonic(), reported=step)
     self.states, self.hparams, self.seeds = _put(self.sharding)(
-      (self.states, self.hparams, self.seeds), (state, self._one_hparams(trial.hparams), jnp.uint32(trial.seed)), index
+      (self.states, self.hparams, self.seeds), (state, self._one_hparams(trial.hparams), np.uint32(trial.seed)), index
     )
 
   def restore(self, checkpoints: Path, waiting: list[Trial]) -> None:
@@ -224,38 +272,56 @@ class _Pool:
     if found is None:
       return
     states, occupants = found
+    if len(occupants) != len(self.lanes):
+      raise RecordError(
+        f"{checkpoints} holds {len(occupants)} lanes, this pool has {len(self.lanes)} (another plan or device): delete that folder to "
+        "compute its unfinished trials anew"
+      )
     wanted = {trial.id: trial for trial in waiting}
     for index, occupant in enumerate(occupants):
       if occupant["id"] not in wanted or not (self.folder / occupant["id"] / "status.json").exists():
         continue
       trial = wanted[occupant["id"]]
       waiting.remove(trial)
-      cut_rows(self.folder / trial.id / METRICS, last_step=occupant["step"])
-      cut_rows(self.folder / trial.id / PROBES, last_step=occupant["step"] - 1)  # `settle` measures at this step again
-      self._seat(index, trial, jax.tree.map(lambda array, index=index: array[index], states), occupant["step"])
+      folder = self.folder / occupant["id"]
+      cut_rows(folder / METRICS, last_step=occupant["step"])
+      cut_rows(folder / PROBES, last_step=occupant["step"] - 1)  # `settle` measures at this step again
+      self._seat(index, trial, folder, jax.tree.map(lambda array, index=index: array[index], states), occupant["step"])
       self.on_progress(occupant["step"])
 
   def occupants(self) -> list[dict[str, Any]]:
     """Says for a checkpoint which trial each lane holds and its step; an idle lane has an empty id."""
-    return [{"id": lane.trial.id, "step": lane.step} if lane else {"id": "", "step": 0} for lane in self.lanes]
+    return [{"id": lane.folder.name, "step": lane.step} if lane else {"id": "", "step": 0} for lane in self.lanes]
 
   def must_stop(self, lane: _Lane) -> bool:
     """Tells whether the host must see this lane's state before another segment."""
     return lane.step >= self.config.num_steps or lane.step in self.config.probe_steps or lane.ended
 
-  def next_rows(self) -> int:
-    """Rows until the first lane must stop, at most a segment."""
-    stops = (*self.config.probe_steps, self.config.num_steps)
-    ahead = [min(stop for stop in stops if stop > lane.step) - lane.step for lane in self.lanes if lane is not None]
-    return min(rows_per_segment(self.config), min(ahead) // self.config.eval_every)
+  def next_rows(self) -> np.ndarray:
+    """Counts the rows that each group of lanes is to make, i32[in_turn]: none where no lane of it holds a trial.
 
-  def advance(self, num_rows: int) -> list[tuple[_Lane, int] | None]:
+    As many as any lane has left, at most a segment, but none beyond a step at which the host must see a lane's state. A lane that is
+    done before its neighbours goes on unseen: a few wasted steps, against a call for every end where trials end at different times.
+    """
+    groups: list[list[_Lane | None]] = [[] for _ in range(self.group_of[-1] + 1)]
+    for group, lane in zip(self.group_of, self.lanes, strict=True):
+      groups[group].append(lane)
+    return np.array([self._group_rows(lanes) for lanes in groups], np.int32)
+
+  def _group_rows(self, lanes: list[_Lane | None]) -> int:
+    looks = (*self.config.probe_steps, *([self.config.num_steps] if self.keep_final else []))
+    steps = [lane.step for lane in lanes if lane is not None]
+    ahead = max((self.config.num_steps - step for step in steps), default=0)
+    before = min((look - step for step in steps for look in looks if look > step), default=ahead)
+    return min(rows_per_segment(self.config), min(ahead, before) // self.config.eval_every)
+
+  def advance(self, num_rows: np.ndarray) -> list[tuple[_Lane, int] | None]:
     """Moves every lane on by a dispatched segment and returns where each of them stood."""
     seats: list[tuple[_Lane, int] | None] = []
-    for lane in self.lanes:
+    for index, lane in enumerate(self.lanes):
       seats.append(None if lane is None else (lane, lane.step))
       if lane is not None:
-        lane.step += num_rows * self.config.eval_every
+        lane.step += int(num_rows[self.group_of[index]]) * self.config.eval_every
     return seats
 
   def write(self, in_flight: _InFlight) -> None:
@@ -267,7 +333,8 @@ class _Pool:
         continue
       lane, first_step = seat
       out: list[dict[str, Any]] = []
-      for row in range(in_flight.num_rows):
+      num_rows = min(int(in_flight.num_rows[self.group_of[index]]), (self.config.num_steps - first_step) // every)
+      for row in range(num_rows):
         step = first_step + (row + 1) * every
         if bad := int(host.first_nonfinite[index, row]):
           lane.diverged_at = step - every + bad
@@ -285,8 +352,8 @@ class _Pool:
         lane.reached = self.config.stop_at_target and self.target.is_reached(float(out[-1][self.target.metric]))
         if lane.reached:
           break
-      append_rows(self.folder / lane.trial.id / METRICS, out)
-      self._report(lane, in_flight.num_rows * every)
+      append_rows(lane.folder / METRICS, out)
+      self._report(lane, num_rows * every)
 
   def _report(self, lane: _Lane, steps: int) -> None:
     lane.reported += steps
@@ -297,33 +364,33 @@ class _Pool:
     for index, lane in enumerate(self.lanes):
       if lane is None:
         continue
-      folder = self.folder / lane.trial.id
       if not lane.ended and lane.step in self.config.probe_steps:
         self._measure(index, lane)
       if not lane.ended and lane.step < self.config.num_steps:
         continue
       if self.keep_final and lane.diverged_at is None:
-        save_final(folder, _take(self.states, index))
+        save_final(lane.folder, _take(self.states, index))
       set_status(
-        folder,
+        lane.folder,
         "complete" if lane.diverged_at is None else "diverged",
         first_nonfinite_step=lane.diverged_at,
         wall_seconds=round(time.monotonic() - lane.began, 3),
       )
       self._report(lane, self.config.num_steps - lane.reported)
       self.lanes[index] = None
-    for index in range(len(self.lanes)):
+    for index in self.seats:  # the first groups first: one without trials costs nothing
       if self.lanes[index] is None and waiting:
         trial = waiting.pop(0)
-        create_trial(self.folder / trial.id, {"id": trial.id} | trial.description | self.provenance)
+        folder = self.folder / trial.id
+        create_trial(folder, {"id": folder.name} | trial.description | self.provenance)
         start = self.start
         if start is None:
-          start = self._init(self._one_hparams(trial.hparams), jnp.uint32(trial.seed))
-        self._seat(index, trial, start, 0)
+          start = self._init(self._one_hparams(trial.hparams), np.uint32(trial.seed))
+        self._seat(index, trial, folder, start, 0)
         if 0 in self.config.probe_steps:
           self._measure(index, self.lanes[index])
 
   def _measure(self, index: int, lane: _Lane | None) -> None:
     assert lane is not None
     assert self.probe is not None, f"config asks for probes {self.config.probes}, run_trials was given none"
-    append_rows(self.folder / lane.trial.id / PROBES, self.probe(lane.trial, _take(self.states, index)))
+    append_rows(lane.folder / PROBES, self.probe(lane.trial, _take(self.states, index)))

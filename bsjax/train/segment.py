@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from bsjax.data import independent_indices, segment_indices
 from bsjax.train.evaluate import Chunked, evaluate
-from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, stream
+from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, init_state, stream
 from bsjax.train.step import NOISE_COLUMNS, StepLog, make_logged_step, row_noise
 from bsjax.train.trial import TrialConfig
 from bsjax.types import Array, Batch, Hparams
@@ -60,37 +60,58 @@ def rows_per_segment(config: TrialConfig) -> int:
   return max(1, STEPS_PER_SEGMENT // config.eval_every)
 
 
+def program_config(config: TrialConfig) -> TrialConfig:
+  """Strips a config of what the program does not read: the number of steps, where to stop, probes and parent.
+
+  So trials of every budget and schedule length, with or without probes and from any start, share one compilation.
+  """
+  return dataclasses.replace(
+    config, num_steps=config.eval_every, probes=(), probe_steps=(), parent="", stop_at_target=False
+  )
+
+
 def build_segment(
-  workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh
+  workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh, in_turn: int = 1
 ) -> Callable[..., tuple[TrainState, Rows]]:
   """Builds the program of `_build`, or hands out the one built before.
 
-  What the program does not read is left out of the key: the number of steps, where to stop, probes and parent, so that trials of every
-  budget and schedule length, with or without probes and from any start share one compilation.
+  Args:
+    lanes: trials in one call, over all devices of the axis "trial".
+    in_turn: groups of lanes that the program works through one after the other; it divides `lanes`, and the lanes of a group
+      run side by side under `vmap`.
 
   Raises:
     ValueError: as `make_logged_step`, before anything is traced.
   """
-  config = dataclasses.replace(
-    config, num_steps=config.eval_every, probes=(), probe_steps=(), parent="", stop_at_target=False
-  )
-  return _build(workload, config, lanes, mesh)
+  return _build(workload, program_config(config), lanes, mesh, in_turn)
 
 
 @functools.lru_cache(maxsize=32)
-def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> Callable[..., tuple[TrainState, Rows]]:
+def _build(
+  workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh, in_turn: int
+) -> Callable[..., tuple[TrainState, Rows]]:
   """Compiles `segment(states, hparams, seeds, num_rows, train, validation) -> (states, rows)`; `states` is donated.
 
   Every array of `states`, `hparams` and `seeds` has a leading axis of `lanes` trials, which do not touch each other and may
-  stand at different steps. `num_rows` (i32[], at most `rows_per_segment`) is an argument, so the same program makes
-  the last, shorter segment. `train` are the training arrays [N, ...] on the device, `validation` a `Chunked` set.
+  stand at different steps. `num_rows` (i32[], at most `rows_per_segment`) is an argument, so the same program makes the last,
+  shorter segment; as i32[in_turn] it says so for each group of `lane_groups`, and a group of 0 rows costs nothing. `train` are
+  the training arrays [N, ...] on the device, `validation` a `Chunked` set.
 
-  Holds: a lane's numbers depend on its own trial only, bitwise; one program per (workload, config, lanes, mesh).
+  Holds: a lane's numbers depend on its own trial only, bitwise; one program per (workload, config, lanes, in_turn, mesh).
   With a "data" axis that divides the batch size each batch is spread over it; sums over the batch then cross devices and
-  losses agree with one device to rounding. With one lane nothing is vmapped. Norms of gradients cost nothing in steps that do
-  not log them, except under vmap, where every step computes them.
+  losses agree with one device to rounding. In a group of one nothing is vmapped. Norms of gradients cost nothing in steps that do
+  not log them, except under vmap, where every step computes them. The order of examples is drawn once for neighbouring lanes
+  of one seed and step, and not for lanes that make no rows: it costs as much as the steps of the smallest networks.
+
+  Raises:
+    ValueError: `in_turn` does not divide the lanes of a device.
   """
   step = make_logged_step(workload, config, mesh)
+  spread_lanes = mesh.shape["trial"]
+  if lanes % (in_turn * spread_lanes):
+    raise ValueError(
+      f"{lanes} lanes on {spread_lanes} devices do not make {in_turn} groups: use a multiple of {in_turn * spread_lanes} lanes"
+    )
   rows_max, inner = rows_per_segment(config), config.eval_every
   # an accumulating step spreads its microbatches itself
   accumulates = bool(config.microbatch_size) and config.noise_route != "device"
@@ -101,15 +122,43 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
     batch = jax.tree.map(lambda array: array[index], train)
     return jax.lax.with_sharding_constraint(batch, data_sharding) if spread else batch
 
-  def lane_segment(
-    state: TrainState, hparams: Hparams, seed: Array, num_rows: Array, train: Batch, validation: Chunked
-  ) -> tuple[TrainState, Rows]:
-    order_key, loss_key = stream(seed, ORDER_STREAM), stream(seed, LOSS_STREAM)
-    num_examples = len(next(iter(train.values())))
+  def draw_order(seed: Array, first_step: Array, num_examples: int) -> Array:
     draw_indices = independent_indices if config.with_replacement else segment_indices
-    indices = draw_indices(
-      order_key, state.step, num_steps=rows_max * inner, batch_size=config.batch_size, num_examples=num_examples
+    return draw_indices(
+      stream(seed, ORDER_STREAM),
+      first_step,
+      num_steps=rows_max * inner,
+      batch_size=config.batch_size,
+      num_examples=num_examples,
     ).reshape(rows_max, inner, config.batch_size)
+
+  def draw_orders(seeds: Array, first_steps: Array, num_rows: Array, num_examples: int) -> Array:
+    draw = functools.partial(draw_order, num_examples=num_examples)
+    if lanes == 1:
+      return draw(seeds[0], first_steps[0])[None]
+    if spread_lanes > 1:  # each device draws those of its own lanes
+      return jax.vmap(draw, spmd_axis_name="trial")(seeds, first_steps)
+    stands_still = num_rows[lane_groups(lanes, in_turn, mesh)] == 0  # nobody reads its order
+
+    def after(previous: tuple[Array, Array, Array], lane: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+      seed, first_step, idle = lane
+      drawn = idle | ((seed == previous[0]) & (first_step == previous[1]))
+      drawn_last = jax.lax.cond(drawn, lambda: previous, lambda: (seed, first_step, draw(seed, first_step)))
+      return drawn_last, drawn_last[2]
+
+    nobody = seeds[0], jnp.int32(-1), jnp.zeros((rows_max, inner, config.batch_size), jnp.int32)
+    return jax.lax.scan(after, nobody, (seeds, first_steps, stands_still))[1]
+
+  def lane_segment(
+    state: TrainState,
+    hparams: Hparams,
+    seed: Array,
+    indices: Array,
+    num_rows: Array,
+    train: Batch,
+    validation: Chunked,
+  ) -> tuple[TrainState, Rows]:
+    loss_key = stream(seed, LOSS_STREAM)
 
     def one_step(state: TrainState, index: Array) -> tuple[TrainState, StepLog]:
       return step(state, hparams, gather(train, index), loss_key)
@@ -139,12 +188,33 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
   def segment(
     states: TrainState, hparams: Hparams, seeds: Array, num_rows: Array, train: Batch, validation: Chunked
   ) -> tuple[TrainState, Rows]:
-    if lanes == 1:
-      state, hparam, seed = jax.tree.map(lambda array: array[0], (states, hparams, seeds))
-      outputs = lane_segment(state, hparam, seed, num_rows, train, validation)
-      return jax.tree.map(lambda array: array[None], outputs)
-    over_lanes = jax.vmap(lane_segment, in_axes=(0, 0, 0, None, None, None), spmd_axis_name="trial")
-    return over_lanes(states, hparams, seeds, num_rows, train, validation)
+    num_rows = jnp.broadcast_to(num_rows, in_turn)
+    orders = draw_orders(seeds, states.step, num_rows, len(next(iter(train.values()))))
+    side_by_side = lanes // in_turn
+
+    def one_group(inputs: tuple[tuple[TrainState, Hparams, Array, Array], Array]) -> tuple[TrainState, Rows]:
+      group, rows = inputs
+      if side_by_side == 1:
+        state, hparam, seed, order = jax.tree.map(lambda array: array[0], group)
+        outputs = lane_segment(state, hparam, seed, order, rows, train, validation)
+        return jax.tree.map(lambda array: array[None], outputs)
+      over_lanes = jax.vmap(lane_segment, in_axes=(0, 0, 0, 0, None, None, None), spmd_axis_name="trial")
+      return over_lanes(*group, rows, train, validation)
+
+    if in_turn == 1:
+      return one_group(((states, hparams, seeds, orders), num_rows[0]))
+
+    def split(array: Array) -> Array:  # [devices, groups, side by side]: every device has lanes of every group
+      apart = array.reshape(spread_lanes, in_turn, -1, *array.shape[1:])
+      return jnp.swapaxes(apart, 0, 1).reshape(in_turn, side_by_side, *array.shape[1:])
+
+    def merge(array: Array) -> Array:
+      apart = array.reshape(in_turn, spread_lanes, -1, *array.shape[2:])
+      return jnp.swapaxes(apart, 0, 1).reshape(lanes, *array.shape[2:])
+
+    groups = jax.tree.map(split, (states, hparams, seeds, orders))
+    outputs = jax.lax.map(one_group, (groups, num_rows))
+    return jax.tree.map(merge, outputs)
 
   return jax.jit(
     segment,
@@ -152,6 +222,18 @@ def _build(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> C
     out_shardings=lane_sharding(mesh),
     donate_argnums=0,
   )
+
+
+def idle_lanes(workload: Workload, config: TrialConfig, lanes: int, mesh: Mesh) -> tuple[TrainState, Hparams, Array]:
+  """Makes the states, hyperparameters and seeds of lanes that hold no trial: zeros, as sharded as the segment wants them."""
+  one = jax.eval_shape(
+    lambda hparams, seed: init_state(workload, config.optimizer, hparams, seed),
+    Hparams(*(jnp.float32(0) for _ in Hparams._fields)),
+    jnp.uint32(0),
+  )
+  states = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), one)
+  hparams = jax.tree.map(lambda _: np.zeros(lanes, np.float32), Hparams(*range(len(Hparams._fields))))
+  return jax.device_put((states, hparams, np.zeros(lanes, np.uint32)), lane_sharding(mesh))
 
 
 def lane_sharding(mesh: Mesh) -> NamedSharding:
@@ -162,6 +244,12 @@ def lane_sharding(mesh: Mesh) -> NamedSharding:
 def everywhere(mesh: Mesh) -> NamedSharding:
   """Puts a copy on every device of the mesh."""
   return NamedSharding(mesh, P())
+
+
+def lane_groups(lanes: int, in_turn: int, mesh: Mesh) -> np.ndarray:
+  """Says in which of the groups that take turns each lane is, i[lanes]: neighbours on one device are side by side."""
+  per_device = lanes // mesh.shape["trial"]
+  return np.arange(lanes) % per_device // (per_device // in_turn)
 
 
 def device_arrays(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:

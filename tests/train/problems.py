@@ -1,6 +1,8 @@
 """Small problems that the training tests share; made once, so that programs are compiled once."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import optax
 
 from bsjax.data import Source
 from bsjax.models import cnn, mlp
-from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params
+from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params, Variables
 from bsjax.workloads import Preset, Target, Workload, load_workload
 
 PRESET = Preset(batch_sizes=(2, 4), base_learning_rate=0.1)
@@ -65,4 +67,21 @@ def classifier(kind: str) -> Workload:
     target=Target("validation_accuracy", 0.8, "max"),
     preset=PRESET,
     batch_norm="running" if kind == "mlp_bn" else "none",
+  )
+
+
+def in_float64(workload: Workload) -> Workload:
+  """The same problem with float64 parameters, model state and images; for use under `jax.enable_x64`."""
+
+  def double(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf, tree)
+
+  def double_source(source: Source) -> Source:
+    return dataclasses.replace(source, arrays=double(dict(source.arrays)))
+
+  return dataclasses.replace(
+    workload,
+    init=lambda key: Variables(*double(tuple(workload.init(key)))),
+    train=double_source(workload.train),
+    validation=double_source(workload.validation),
   )

@@ -14,6 +14,7 @@ from test_segment import hparams_of, plain_loop
 from bsjax.records import RecordError, read_record, set_status
 from bsjax.train import Trial, TrialConfig, init_state, make_trial
 from bsjax.train.checkpoint import FINAL, restore_checkpoint
+from bsjax.train.plan import PLANS_FILE
 from bsjax.types import Hparams
 
 # As in test_pool.py: Orbax leaves reads of a damaged checkpoint behind.
@@ -96,7 +97,7 @@ def test_parent_that_cannot_be_a_start(tmp_path: Path) -> None:
     run(tmp_path, [make_trial(dataclasses.replace(kept, optimizer="sgd"), Hparams(0.1), 0)])
   damage(newest(tmp_path / other.id / FINAL)[0])
   assert f"delete the folder {tmp_path / other.id}" in refusal(tmp_path, kept)
-  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([PARENT.id, other.id])
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([PARENT.id, other.id, PLANS_FILE])
 
 
 def test_diverged_trial_leaves_no_final_state(tmp_path: Path) -> None:

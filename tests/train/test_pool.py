@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,12 @@ from bsjax.train import (
   init_state,
   make_mesh,
   make_trial,
-  num_lanes,
   run_trials,
 )
 from bsjax.train.checkpoint import restore_checkpoint, save_checkpoint
+from bsjax.train.plan import PLANS_FILE, Plan, num_lanes, remembered_plan
+from bsjax.train.pool import _Pool
+from bsjax.train.segment import lane_groups, program_config
 from bsjax.types import Hparams
 
 # Orbax leaves reads of a damaged checkpoint behind, which then find their event loop closed.
@@ -49,19 +53,29 @@ def run(folder: Path, trials: list[Trial], **options: object) -> None:
   run_trials(quadratic(), trials, folder, mesh=make_mesh(data=1), **options)  # type: ignore[arg-type]
 
 
+def read_plan(folder: Path, config: TrialConfig) -> Plan:
+  plan = remembered_plan(folder, config, make_mesh(data=1))
+  assert plan is not None
+  return plan
+
+
+def names(folder: Path) -> list[str]:
+  return sorted(path.name for path in folder.iterdir())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
   """All that must not depend on interruptions: rows and what the trial is; wall seconds are left out."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.glob("*/*.json*"))
-    if path.name != "status.json" and path.parent.name != "checkpoints"
+    if path.name not in ("status.json", PLANS_FILE) and path.parent.name != "checkpoints"
   }
 
 
 def test_rows_and_statuses(tmp_path: Path) -> None:
   trials = trials_of(CONFIG)
   run(tmp_path, trials)
-  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(trial.id for trial in trials)
+  assert names(tmp_path) == sorted([PLANS_FILE, *(trial.id for trial in trials)])
   for trial in trials:
     record = read_record(tmp_path / trial.id)
     assert record.status["state"] == "complete"
@@ -92,8 +106,9 @@ def test_one_compilation_for_a_whole_pool(tmp_path: Path) -> None:
   run(tmp_path / "b", trials_of(config, rates=(0.2,)), checkpoint_seconds=0.0)
   probed = dataclasses.replace(config, num_steps=300, probes=("norm",), probe_steps=(300,))
   run(tmp_path / "c", trials_of(probed), probe=norm_probe)
+  plan = read_plan(tmp_path / "a", config)
   mesh = make_mesh(data=1)
-  assert build_segment(quadratic(), config, num_lanes(quadratic(), config, mesh), mesh)._cache_size() == 1
+  assert build_segment(quadratic(), config, num_lanes(plan, mesh), mesh, plan.in_turn)._cache_size() == 1
 
 
 def test_trials_that_stop_at_their_target_are_the_beginnings_of_those_that_do_not(tmp_path: Path) -> None:
@@ -119,8 +134,7 @@ def test_trials_that_stop_at_their_target_are_the_beginnings_of_those_that_do_no
   assert max(lengths[:6]) < 150
   assert lengths[6:9] == [150] * 3
   assert lengths[9] < 10
-  mesh = make_mesh(data=1)
-  assert build_segment(quadratic(), config, 5, mesh) is build_segment(quadratic(), CONFIG, 5, mesh)
+  assert program_config(config) == program_config(CONFIG)
   with pytest.raises(ValueError, match="keep_final with stop_at_target"):
     run(tmp_path, stopping, keep_final=True)
 
@@ -155,16 +169,54 @@ def test_the_step_of_divergence_is_exact(tmp_path: Path) -> None:
   assert 0 <= first[40] - first[1] <= 2
 
 
-def count_segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-  """Lets a test see how many segments a pool dispatches."""
+def test_rows_of_a_group() -> None:
+  """As many as any lane has left, but none beyond a step where the host must look: lanes out of step cost no call of their own."""
+  seat = lambda step: SimpleNamespace(step=step)  # noqa: E731
+
+  def rows(steps: list[int], keep_final: bool = False, **options: Any) -> int:
+    pool = SimpleNamespace(config=dataclasses.replace(CONFIG, **options), keep_final=keep_final)
+    return _Pool._group_rows(pool, [seat(step) if step >= 0 else None for step in steps])  # type: ignore[arg-type]
+
+  assert rows([-1, -1]) == 0
+  assert rows([0, 0]) == rows([-1, 0]) == rows([596, 0]) == 64  # a segment is 256 steps
+  assert rows([596, 500]) == 25
+  assert rows([596, 500], keep_final=True) == 1
+  probed = {"probes": ("norm",), "probe_steps": (0, 300, 600)}
+  assert rows([296, 0], **probed) == 1
+  assert rows([300, 300], **probed) == 64
+  assert rows([500, 300], **probed) == 25
+
+
+def test_few_trials_share_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Three trials in two groups of four: the second group, which holds none, makes no rows, on one device and on two."""
+  seen = count_segments(monkeypatch)
+  run(tmp_path, trials_of(CONFIG, rates=(0.1,), seeds=range(3)), plan=Plan(4, 2))
+  assert [rows.tolist() for rows in seen] == [[64, 0], [64, 0], [22, 0]]
+  two = SimpleNamespace(shape={"trial": 2})
+  assert lane_groups(8, 2, two).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]  # type: ignore[arg-type]
+
+
+def test_lanes_out_of_step_write_their_own_rows_only(tmp_path: Path) -> None:
+  """A lane that takes over from a diverged one goes on alone; the other's steps beyond its end leave no row."""
+  config = dataclasses.replace(CONFIG, optimizer="momentum")
+  wild, *calm = make_trial(config, Hparams(200.0), 0), *trials_of(config, rates=(0.1,), seeds=range(1, 3))
+  run(tmp_path / "both", [wild, *calm], plan=Plan(2, 1))
+  run(tmp_path / "calm", calm, plan=Plan(2, 1))
+  both, alone = contents(tmp_path / "both"), contents(tmp_path / "calm")
+  assert {name: both[name] for name in alone} == alone
+  assert [row["step"] for row in read_record(tmp_path / "both" / calm[0].id).metrics] == list(range(4, 601, 4))
+
+
+def count_segments(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+  """Lets a test see the segments that a pool dispatches: the rows of each."""
   import bsjax.train.pool as pool
 
-  calls: list[int] = []
+  calls: list[np.ndarray] = []
   real = pool.build_segment
 
   def counted(*arguments):  # type: ignore[no-untyped-def]
     segment = real(*arguments)
-    return lambda *inputs: calls.append(1) or segment(*inputs)
+    return lambda *inputs: calls.append(inputs[3]) or segment(*inputs)
 
   monkeypatch.setattr(pool, "build_segment", counted)
   return calls
@@ -214,12 +266,6 @@ def test_bad_config_is_refused(field: str, value: object) -> None:
     dataclasses.replace(CONFIG, **{field: value})
 
 
-def test_lanes_depend_on_size_only() -> None:
-  mesh = make_mesh(data=1)
-  assert num_lanes(quadratic(), CONFIG, mesh) > 1
-  assert num_lanes(quadratic(), dataclasses.replace(CONFIG, batch_size=10**6), mesh) == 1
-
-
 class _Stop(Exception):
   pass
 
@@ -254,7 +300,7 @@ def test_resume_gives_the_same_bits(tmp_path: Path, after: int, options: dict) -
 
 def test_checkpoints_are_gone_at_the_end(tmp_path: Path) -> None:
   run(tmp_path, trials_of(CONFIG), checkpoint_seconds=0.0)
-  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(trial.id for trial in trials_of(CONFIG))
+  assert names(tmp_path) == sorted([PLANS_FILE, *(trial.id for trial in trials_of(CONFIG))])
 
 
 def test_resume_continues_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

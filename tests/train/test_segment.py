@@ -171,6 +171,67 @@ def test_position_among_the_lanes_does_not_matter() -> None:
     assert np.asarray(a)[[0, 1, 2]].tobytes() == np.asarray(b)[[1, 2, 0]].tobytes()
 
 
+def test_lanes_of_one_seed_share_their_order_and_no_others() -> None:
+  """Neighbours of one seed at one step, at different steps, and of other seeds: each reads the batches it reads alone."""
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 12, 3)
+  mesh = make_mesh(data=1)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  seeds = [3, 3, 1, 3, 3]
+  later = [False, False, False, False, True]
+  hparams = jax.tree.map(lambda leaf: jnp.full(5, leaf), hparams_of(0.05))
+
+  def one(seed: int, moved: bool) -> TrainState:
+    """A start, or the state three steps on."""
+    if moved:
+      return run_segment(workload, config, [0.05], num_rows=1, seeds=[seed])[0]
+    state = init_state(workload, config.optimizer, hparams_of(0.05), jnp.uint32(seed))
+    return jax.tree.map(lambda leaf: leaf[None], state)
+
+  starts = [one(seed, moved) for seed, moved in zip(seeds, later, strict=True)]
+  alone = build_segment(workload, config, 1, mesh)
+  expected = [
+    alone(
+      jax.tree.map(jnp.copy, start),
+      jax.tree.map(lambda leaf: leaf[:1], hparams),
+      jnp.uint32([seed]),
+      jnp.int32(2),
+      *data,
+    )[1].minibatch_loss[0, :2]
+    for start, seed in zip(starts, seeds, strict=True)
+  ]
+  states = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *starts)
+  _, rows = build_segment(workload, config, 5, mesh)(states, hparams, jnp.uint32(seeds), jnp.int32(2), *data)
+  # 6 float32 steps; other batches differ by far more
+  np.testing.assert_allclose(rows.minibatch_loss[:, :2], expected, rtol=1e-5)
+  assert len({float(losses[1]) for losses in expected}) == 3
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_groups_in_turn_are_lanes_and_an_idle_one_stands_still(busy: int) -> None:
+  """Two groups of two: one makes 4 rows, bitwise as two lanes by themselves do; the other, before or after it, makes none."""
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 12, 3)
+  mesh = make_mesh(data=1)
+  rates, seeds = [0.05, 0.1, 0.02, 0.03], [1, 2, 3, 4]
+  hparams = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[hparams_of(rate) for rate in rates])
+  start = jax.vmap(lambda h, s: init_state(workload, config.optimizer, h, s))(hparams, jnp.uint32(seeds))
+  kept = jax.device_get(start)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  segment = build_segment(workload, config, 4, mesh, 2)
+  num_rows = jnp.zeros(2, jnp.int32).at[busy].set(4)
+  states, rows = segment(start, hparams, jnp.uint32(seeds), num_rows, *data)
+  here, idle = slice(2 * busy, 2 * busy + 2), slice(2 - 2 * busy, 4 - 2 * busy)
+  two, two_rows = run_segment(workload, config, rates[here], num_rows=4, seeds=seeds[here])
+  for a, b in zip(jax.tree.leaves((states, rows)), jax.tree.leaves((two, two_rows)), strict=True):
+    assert np.asarray(a)[here].tobytes() == np.asarray(b).tobytes()
+  for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(kept), strict=True):
+    assert np.asarray(a)[idle].tobytes() == b[idle].tobytes()
+
+
+def test_lanes_that_do_not_make_the_groups_are_refused() -> None:
+  with pytest.raises(ValueError, match="6 lanes on 1 devices do not make 4 groups: use a multiple of 4 lanes"):
+    build_segment(quadratic(), TrialConfig("quadratic", 8, 4, 4), 6, make_mesh(data=1), 4)
+
+
 def test_lane_agrees_with_a_trial_alone() -> None:
   workload, config = classifier("mlp"), TrialConfig("mlp", 4, 12, 3)
   together, _ = run_segment(workload, config, [0.05, 0.1, 0.02], num_rows=4, seeds=[1, 2, 3])
@@ -253,13 +314,17 @@ def test_mesh_that_does_not_fit_is_refused() -> None:
 
 
 ON_EIGHT_DEVICES = """
-import dataclasses, json, sys
+import dataclasses, json, sys, tempfile
+from pathlib import Path
 sys.path.insert(0, "tests/train")
 import jax, jax.numpy as jnp, numpy as np
 from problems import classifier
 from test_segment import hparams_of
-from bsjax.train import build_segment, chunked, device_arrays, init_state, make_mesh
+from bsjax.records import read_record
+from bsjax.train import build_segment, chunked, device_arrays, init_state, make_mesh, make_trial, run_trials
+from bsjax.train.plan import Plan
 from bsjax.train.trial import TrialConfig
+from bsjax.types import Hparams
 assert jax.device_count() == 8
 out = {}
 for kind in ("mlp", "mlp_bn", "cnn"):
@@ -274,6 +339,14 @@ for kind in ("mlp", "mlp_bn", "cnn"):
     segment = build_segment(workload, config, 8, mesh).lower(*inputs).compile()
     _, rows = jax.block_until_ready(segment(*inputs))
     out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), "all-reduce" in segment.as_text()]
+
+trials = [make_trial(TrialConfig("mlp", 16, 20, 2), Hparams(0.05), seed) for seed in range(7)]
+for shape in ((1, 1), (2, 1), (2, 4)):
+  with tempfile.TemporaryDirectory() as folder:
+    run_trials(classifier("mlp"), trials, Path(folder), mesh=make_mesh(trial=shape[0], data=shape[1]), plan=Plan(1, 2))
+    records = [read_record(Path(folder) / trial.id) for trial in trials]
+  out[f"pool {shape}"] = [[row["train_loss"] for row in record.metrics] for record in records]
+  out[f"pool {shape} devices"] = records[0].trial["plan"]["devices"]
 
 def noise(config, shape):
   mesh, workload = make_mesh(trial=shape[0], data=shape[1]), classifier("mlp")
@@ -317,6 +390,16 @@ def test_the_same_losses_on_one_device_and_on_eight(on_eight_devices: dict) -> N
       losses, reduces = on_eight_devices[f"{kind} {shape}"]
       np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{kind} {shape}")
       assert reduces == (shape != "(8, 1)"), "a spread batch needs an all-reduce, spread trials need none"
+
+
+def test_a_pool_spreads_its_trials_over_devices(on_eight_devices: dict) -> None:
+  """Seven trials in groups that take turns on one device, on two, and on two rows of four: the same losses, 20 float32 steps."""
+  one = np.asarray(on_eight_devices["pool (1, 1)"])
+  assert one.shape == (7, 10)
+  assert len(np.unique(one[:, -1])) == 7
+  for shape in ("(2, 1)", "(2, 4)"):
+    np.testing.assert_allclose(on_eight_devices[f"pool {shape}"], one, rtol=1e-5, err_msg=shape)
+    assert on_eight_devices[f"pool {shape} devices"] == 2
 
 
 def test_noise_of_devices_is_that_of_microbatches(on_eight_devices: dict) -> None:
