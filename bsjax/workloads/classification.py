@@ -24,6 +24,9 @@ MNIST_PRESET = Preset(
   tuning_seeds=2,
   final_seeds=3,
 )
+MNIST_F1_PRESET = MNIST_PRESET._replace(
+  batch_sizes=(64, 256, 1024, 4096), base_learning_rate=0.05, reference_batch_size=256, num_steps=256, final_seeds=3
+)
 
 
 def classification(
@@ -159,6 +162,23 @@ def mnist_mlp(data_dir: str | None = None, manual_dir: str | None = None) -> Wor
   )
 
 
+def mnist_simple_cnn(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
+  """Shallue et al. (2019), appendix B, Simple CNN (base): 5x5 convolutions of 32 and 64 channels, each with ReLU and a 2x2 max pool, a
+  dense layer of 1,024; P = 3,274,634. Their target on MNIST is an error of 1 %."""
+  return classification(
+    "mnist_simple_cnn",
+    "mnist",
+    cnn((28, 28, 1), 10, channels=(32, 64), kernel_size=5, pool_every=1, widths=(1024,)),
+    pixel_max=255.0,
+    target=Target("validation_accuracy", 0.97, "max"),
+    preset=MNIST_PRESET._replace(
+      batch_sizes=(16, 64, 256, 1024), base_learning_rate=0.05, reference_batch_size=64, num_steps=128, final_seeds=2
+    ),
+    data_dir=data_dir,
+    manual_dir=manual_dir,
+  )
+
+
 def mnist_f1(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
   """Keskar et al. (2017), Table 1, F1: 784, five layers of 512 with batch norm and ReLU, 10; P = 1,462,794.
 
@@ -171,9 +191,22 @@ def mnist_f1(data_dir: str | None = None, manual_dir: str | None = None) -> Work
     mlp((28, 28, 1), (512,) * 5, 10, batch_norm="running"),
     pixel_max=255.0,
     target=Target("validation_accuracy", 0.97, "max"),
-    preset=MNIST_PRESET._replace(
-      batch_sizes=(64, 256, 1024, 4096), base_learning_rate=0.05, reference_batch_size=256, num_steps=256, final_seeds=3
-    ),
+    preset=MNIST_F1_PRESET,
+    batch_norm="running",
+    data_dir=data_dir,
+    manual_dir=manual_dir,
+  )
+
+
+def mnist_f1_ghost(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
+  """F1 as `mnist_f1`, normalised in ghost batches of 64 in training (Hoffer et al., 2017), so that all batch sizes are normalised alike."""
+  return classification(
+    "mnist_f1_ghost",
+    "mnist",
+    mlp((28, 28, 1), (512,) * 5, 10, batch_norm="running", ghost_size=64),
+    pixel_max=255.0,
+    target=Target("validation_accuracy", 0.97, "max"),
+    preset=MNIST_F1_PRESET,
     batch_norm="running",
     data_dir=data_dir,
     manual_dir=manual_dir,

@@ -6,12 +6,21 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from bsjax.workloads.classification import digits_cnn, digits_mlp, digits_vit, mnist_f1, mnist_mlp
+from bsjax.workloads.classification import (
+  digits_cnn,
+  digits_mlp,
+  digits_vit,
+  mnist_f1,
+  mnist_f1_ghost,
+  mnist_mlp,
+  mnist_simple_cnn,
+)
 from bsjax.workloads.quadratic import quadratic
 from bsjax.workloads.workload import Workload, check_workload
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-  function.__name__: function for function in (digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, quadratic)
+  function.__name__: function
+  for function in (digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, mnist_f1_ghost, mnist_simple_cnn, quadratic)
 }
 
 

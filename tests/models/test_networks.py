@@ -138,6 +138,73 @@ def test_both_kinds_of_batch_norm_share_parameters_and_state():
   assert running == batch
 
 
+@pytest.mark.parametrize(("batch_size", "groups"), [(12, 3), (4, 1), (3, 1)])
+def test_ghost_batches_are_normalised_by_themselves(batch_size, groups):
+  """Groups of 4 in order; a batch of 4 or fewer is one ghost batch."""
+  model = mlp((6,), (7, 5), 3, batch_norm="running", ghost_size=4)
+  variables = variables_of(model)
+  images = images_of((batch_size, 6))
+  logits, state = applied(model, variables, images, train=True)
+  parts = np.split(images, groups)
+  expected = np.concatenate([mlp_by_hand(variables.params, of_batch, part, 2) for part in parts])
+  # As for batch norm; the smallest of these variances is 0.02, so each normalisation magnifies rounding by up to 7.
+  np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+  dense = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables.params["Dense_0"])
+  activations = [part @ dense["kernel"] + dense["bias"] for part in parts]
+  for name, moments in (("mean", [a.mean(0) for a in activations]), ("var", [a.var(0) for a in activations])):
+    moved = 0.9 * variables.model_state["BatchNorm_0"][name] + 0.1 * np.mean(moments, axis=0)
+    np.testing.assert_allclose(state["BatchNorm_0"][name], moved, rtol=1e-5, atol=1e-5)
+
+
+def test_ghost_norm_infers_with_the_running_averages_of_batch_norm():
+  plain, ghost = (mlp((6,), (7,), 3, batch_norm="running", ghost_size=size) for size in (0, 4))
+  variables = variables_of(plain)
+  assert jax.eval_shape(plain.init, KEY) == jax.eval_shape(ghost.init, KEY)
+  images = images_of((6, 6))  # not a multiple of 4: nothing is cut in inference
+  np.testing.assert_allclose(
+    applied(ghost, variables, images, train=False)[0],
+    applied(plain, variables, images, train=False)[0],
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  (_, state) = applied(ghost, variables, images, train=False)
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state, variables.model_state))
+  fresh = ghost.init(KEY).model_state["BatchNorm_0"]
+  assert (fresh["mean"] == 0).all()
+  assert (fresh["var"] == 1).all()
+
+
+def test_ghost_batches_that_do_not_fit_are_refused():
+  model = mlp((6,), (7,), 3, batch_norm="running", ghost_size=4)
+  with pytest.raises(ValueError, match="a batch of 6 is not a multiple of ghost_size=4: use 4 or 8"):
+    model.apply(*variables_of(model), images_of((6, 6)), train=True)
+  with pytest.raises(ValueError, match="ghost batches need batch_norm='running'"):
+    mlp((6,), (7,), 3, batch_norm="batch", ghost_size=4)
+
+
+def test_the_simple_cnn_is_that_of_shallue():
+  model = cnn((8, 8, 1), 3, channels=(4, 5), kernel_size=5, pool_every=1, widths=(6,))
+  variables = variables_of(model)
+  images = images_of((2, 8, 8, 1))
+  x = images
+  for layer in range(2):
+    p = variables.params[f"Conv_{layer}"]
+    assert p["kernel"].shape[:2] == (5, 5)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = nn.relu(jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=numbers) + p["bias"])
+    x = nn.max_pool(x, (2, 2), (2, 2))
+  for layer, last in (("Dense_0", False), ("Dense_1", True)):
+    p = variables.params[layer]
+    x = x.reshape(2, -1) @ p["kernel"] + p["bias"]
+    x = x if last else nn.relu(x)
+  np.testing.assert_allclose(applied(model, variables, images, train=True)[0], x, rtol=1e-4, atol=1e-3)
+  whole = cnn((28, 28, 1), 10, channels=(32, 64), kernel_size=5, pool_every=1, widths=(1024,))
+  convolutions = 25 * 32 + 32 + 25 * 32 * 64 + 64
+  dense = 7 * 7 * 64 * 1024 + 1024 + 1024 * 10 + 10
+  counted = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(whole.init, KEY).params))
+  assert counted == convolutions + dense == 3_274_634
+
+
 def test_cnn_is_convolutions_a_pool_and_a_dense_layer():
   model = cnn((9, 8, 2), 3, channels=(4, 5, 6))
   variables = variables_of(model)
