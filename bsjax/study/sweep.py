@@ -16,6 +16,7 @@ from bsjax.study.sweep_plan import (
   FIRST_PILOT_SEED,
   GIVE_UP_FACTOR,
   MOST_WIDENINGS,
+  PILOT_PARTS,
   PILOT_TRIALS,
   QUANTISATION,
   ROUND,
@@ -28,7 +29,9 @@ from bsjax.study.sweep_plan import (
   sweep_hparams,
 )
 from bsjax.study.sweep_progress import SweepProgress
+from bsjax.train import Plan as LanePlan
 from bsjax.train import TrialConfig, make_trial, run_trials
+from bsjax.train.pool import Probe
 from bsjax.workloads import Workload
 
 SPACE_SEED = 0
@@ -45,12 +48,18 @@ class Sweep(NamedTuple):
   mesh: Mesh
   provenance: dict[str, Any]
   progress: SweepProgress
+  name: str = ""
+  """What the progress bar calls it, where there are several."""
+  lane_plan: LanePlan | None = None
+  """How trials take turns: one of `bsjax.train.PLANS`; None: what is fastest."""
 
-  def run(self, config: TrialConfig, points: Sequence[Point], seeds: Sequence[int], kind: str) -> list[Record]:
+  def run(
+    self, config: TrialConfig, points: Sequence[Point], seeds: Sequence[int], kind: str, *, probe: Probe | None = None
+  ) -> list[Record]:
     """Trains what is missing of some points, each at its seed, and returns the records of all of them."""
     budget = self.budget(config.batch_size)
     trials = [
-      make_trial(config, sweep_hparams(self.plan, point, budget), seed)
+      make_trial(config, sweep_hparams(self.plan, point, budget, batch_size=config.batch_size), seed)
       for point, seed in zip(points, seeds, strict=True)
     ]
     run_trials(
@@ -58,8 +67,10 @@ class Sweep(NamedTuple):
       trials,
       self.folder,
       mesh=self.mesh,
+      probe=probe,
       provenance={"kind": kind} | self.provenance,
       on_progress=lambda steps: self.progress.advance(config, steps),
+      plan=self.lane_plan,
     )
     return [read_record(self.folder / trial.id) for trial in trials]
 
@@ -84,7 +95,7 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
   """
   entries = {}
   for batch_size in sweep.plan.batch_sizes:
-    sweep.progress.begin(batch_size)
+    sweep.progress.begin(batch_size, sweep.name)
     entries[str(batch_size)] = _sweep_batch_size(sweep, batch_size)
   plan = sweep.plan
   return {
@@ -98,6 +109,9 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
     "warmup": plan.warmup,
     "warmup_fraction": plan.warmup_fraction,
     "scaling_rule": plan.scaling_rule,
+    "noise_scale": plan.noise_scale,
+    "half_life": plan.half_life,
+    "microbatch_size": plan.microbatch_size,
     "num_trials": plan.num_trials,
     "quantisation": QUANTISATION,
     "give_up_factor": GIVE_UP_FACTOR,
@@ -108,9 +122,10 @@ def run_sweep(sweep: Sweep) -> dict[str, Any]:
 
 def _sweep_batch_size(sweep: Sweep, batch_size: int) -> dict[str, Any]:
   budget, space = sweep.budget(batch_size), space_of(sweep.plan, batch_size)
-  every = _choose_every(sweep, batch_size, space)
+  pilot = _run_pilot(sweep, batch_size, space)
+  every = fine_every(pilot, budget)
   points = draw_points(space, sweep.plan.num_trials, seed=SPACE_SEED)
-  records = _run_rounds(sweep, batch_size, every, points, [])
+  records = _run_rounds(sweep, batch_size, every, points, [], pilot)
   for widening in range(MOST_WIDENINGS + 1):
     edges = _edges(sweep, space, points, records)
     wider, beyond = widen(space, edges)
@@ -119,7 +134,7 @@ def _sweep_batch_size(sweep: Sweep, batch_size: int) -> dict[str, Any]:
     more = draw_points(beyond, -(-sweep.plan.num_trials // 4), seed=SPACE_SEED + 1 + widening)
     sweep.progress.expect_more(len(more))
     points, space = [*points, *more], wider
-    records = _run_rounds(sweep, batch_size, every, points, records)
+    records = _run_rounds(sweep, batch_size, every, points, records, pilot)
   best = _nearest(sweep, records)
   if best is not None and sweep.steps(records[best]) is None:
     best = None
@@ -136,26 +151,42 @@ def _sweep_batch_size(sweep: Sweep, batch_size: int) -> dict[str, Any]:
   }
 
 
-def _choose_every(sweep: Sweep, batch_size: int, space: Space) -> int:
-  """Finds out how many steps the target takes, coarsely, and chooses how finely to look for it."""
+def _run_pilot(sweep: Sweep, batch_size: int, space: Space) -> int | None:
+  """Finds out coarsely how many steps the target takes: in a part of the budget if that is enough, else in more of it."""
   budget = sweep.budget(batch_size)
-  config = sweep.config(batch_size, budget, pilot_every(budget))
+  points = draw_points(space, PILOT_TRIALS, seed=SPACE_SEED)
   seeds = range(FIRST_PILOT_SEED, FIRST_PILOT_SEED + PILOT_TRIALS)
-  pilot = sweep.run(config, draw_points(space, PILOT_TRIALS, seed=SPACE_SEED), seeds, "pilot")
-  return fine_every(_fewest(sweep, pilot), budget)
+  fewest = None
+  for num_steps in sorted({-(-budget // part) for part in PILOT_PARTS}):
+    config = sweep.config(batch_size, num_steps, pilot_every(num_steps))
+    fewest = _fewest(sweep, sweep.run(config, points, seeds, "pilot"))
+    if fewest is not None:
+      break
+  return fewest
 
 
 def _run_rounds(
-  sweep: Sweep, batch_size: int, every: int, points: Sequence[Point], records: list[Record]
+  sweep: Sweep, batch_size: int, every: int, points: Sequence[Point], records: list[Record], pilot: int | None
 ) -> list[Record]:
-  """Trains the points that have no record yet, round by round; each round ends where its trials can be no minimum any more."""
+  """Trains the points that have no record yet, round by round; each round ends where its trials can be no minimum any more.
+
+  The first round takes the pilot's word for that; if none of its trials arrived by then, all of them get their whole budget.
+  """
   budget = sweep.budget(batch_size)
+
+  def run(numbers: range, most: int) -> list[Record]:
+    config = sweep.config(batch_size, most, every)
+    return sweep.run(config, [points[number] for number in numbers], numbers, "sweep")
+
   while len(records) < len(points):
     fewest = _fewest(sweep, records)
-    most = budget if fewest is None else min(budget, GIVE_UP_FACTOR * fewest)
+    bound = pilot if fewest is None and not records else fewest
+    most = budget if bound is None else min(budget, GIVE_UP_FACTOR * bound)
     numbers = range(len(records), min(len(points), len(records) + ROUND))
-    config = sweep.config(batch_size, most, every)
-    records = [*records, *sweep.run(config, [points[number] for number in numbers], numbers, "sweep")]
+    found = run(numbers, most)
+    if most < budget and fewest is None and _fewest(sweep, found) is None:
+      found = run(numbers, budget)
+    records = [*records, *found]
   return records
 
 

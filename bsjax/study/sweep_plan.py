@@ -5,7 +5,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bsjax.optim import OPTIMIZERS, SCALING_RULES, SCHEDULES, WARMUPS, scale_learning_rate
+from bsjax.optim import (
+  OPTIMIZERS,
+  SCALING_RULES,
+  SCHEDULES,
+  WARMUPS,
+  half_life_beta2,
+  noise_limited_rate,
+  scale_learning_rate,
+)
 from bsjax.study.space import Space, centred, parse_space
 from bsjax.train import TrialConfig
 from bsjax.types import Hparams
@@ -15,14 +23,30 @@ FIRST_FINAL_SEED, FIRST_PILOT_SEED = 1000, 2000
 """Sweep trials have the seeds 0, 1, 2, ...: each is one draw of hyperparameters and seed. Final and pilot seeds begin here."""
 RATE_FACTOR = 16.0
 """The rates of a batch size reach from its centre divided by this to its centre times this."""
+SPACE_RULES = (*SCALING_RULES, "noise")
+"""Rules that centre the rates of a batch size: "noise" is rate_max / (1 + noise scale / B)."""
 ROUND = 16
 """Trials of a batch size are drawn in rounds: a later round knows how soon trials of the earlier ones arrived."""
 GIVE_UP_FACTOR = 4
 """A trial of a later round ends at this multiple of the fewest steps that earlier rounds needed: it can be no minimum any more."""
 MOST_WIDENINGS = 3
 """A space whose best point sits on its edge is widened at most this often, then the point is marked."""
-PILOT_TRIALS, PILOT_ROWS = 8, 128
-"""Trials that find out how many steps a target takes, and how often they look for it."""
+PILOT_TRIALS, PILOT_ROWS, PILOT_PARTS = 8, 128, (16, 4, 1)
+"""Trials that find out how many steps a target takes, how often they look for it, and the parts of the budget that they try in turn: where
+a sixteenth is enough, nobody pays for more."""
+GUESSED_RATES = {
+  "adam": 0.003,
+  "adamw": 0.003,
+  "adafactor": 0.02,
+  "lamb": 0.02,
+  "lamb_v3": 0.02,
+  "muon": 0.02,
+  "lars": 20.0,
+  "lars_2017": 20.0,
+  "lars_2019": 0.02,
+}
+"""Where the search begins, at the reference batch size, for optimizers that make the length of a step their own; for all others it is the
+workload's. A wrong guess costs wider spaces."""
 QUANTISATION = 0.02
 """Targets are looked for at this part of the steps to result, or every step: what a curve is off by."""
 
@@ -46,10 +70,15 @@ class SweepPlan:
   warmup_fraction: float
   space: str
   scaling_rule: str
+  noise_scale: float
   base_learning_rate: float
   reference_batch_size: int
   momentum: float
   weight_decay: float
+  half_life: float
+  """Examples after which Adam's second moment forgets half; 0: beta2 is the same at all batch sizes."""
+  microbatch_size: int
+  """Batches larger than this accumulate gradients of so many examples; 0: none does."""
 
 
 def make_sweep_plan(workload: Workload, **overrides: object) -> SweepPlan:
@@ -59,6 +88,7 @@ def make_sweep_plan(workload: Workload, **overrides: object) -> SweepPlan:
     ValueError: a number out of range, an unknown name or an impossible space; the message names it.
   """
   preset = workload.preset
+  given = {name: value for name, value in overrides.items() if value is not None}
   plan = SweepPlan(
     batch_sizes=preset.batch_sizes,
     num_epochs=2 * preset.num_epochs,
@@ -71,14 +101,22 @@ def make_sweep_plan(workload: Workload, **overrides: object) -> SweepPlan:
     warmup_fraction=0.0,
     space="",
     scaling_rule="sqrt",
-    base_learning_rate=preset.base_learning_rate,
+    noise_scale=0.0,
+    base_learning_rate=GUESSED_RATES.get(str(given.get("optimizer")), preset.base_learning_rate),
     reference_batch_size=preset.reference_batch_size,
     momentum=0.9,
     weight_decay=0.0,
+    half_life=0.0,
+    microbatch_size=0,
   )
-  given = {name: value for name, value in overrides.items() if value is not None}
   plan = dataclasses.replace(plan, **given)  # type: ignore[arg-type]
   _check(plan, len(workload.train))
+  if plan.microbatch_size and workload.batch_norm != "none":
+    raise ValueError(
+      f"--microbatch_size={plan.microbatch_size} with {workload.name}, which has batch norm: its statistics would be those of a "
+      f"microbatch; "
+      "wanted 0, or a workload with ghost batches"
+    )
   for batch_size in plan.batch_sizes:
     space_of(plan, batch_size)
   return plan
@@ -106,14 +144,27 @@ def _check(plan: SweepPlan, train_size: int) -> None:
     ("optimizer", OPTIMIZERS),
     ("schedule", [name for name in SCHEDULES if name != "step"]),
     ("warmup", WARMUPS),
-    ("scaling_rule", SCALING_RULES),
+    ("scaling_rule", SPACE_RULES),
   ):
     if getattr(plan, name) not in known:
       raise ValueError(f"--{name}={getattr(plan, name)}, wanted one of {', '.join(known)}")
   if not 0 <= plan.momentum < 1:
     raise ValueError(f"--momentum={plan.momentum:g}, wanted 0 <= momentum < 1")
-  if not (math.isfinite(plan.weight_decay) and plan.weight_decay >= 0):
-    raise ValueError(f"--weight_decay={plan.weight_decay:g}, wanted a finite number, 0 or more")
+  for name in ("weight_decay", "half_life"):
+    if not 0 <= getattr(plan, name) < math.inf:
+      raise ValueError(f"--{name}={getattr(plan, name):g}, wanted a finite number, 0 or more")
+  for size in plan.batch_sizes:
+    microbatch = plan.microbatch_size
+    if microbatch < 0 or (0 < microbatch < size and size % microbatch):
+      raise ValueError(
+        f"--microbatch_size={microbatch}, wanted 0 or a divisor of every larger batch size, so of {size}"
+      )
+  if not 0 <= plan.noise_scale < math.inf or (plan.scaling_rule == "noise") != (plan.noise_scale > 0):
+    raise ValueError(
+      f"--scaling_rule={plan.scaling_rule} with --noise_scale={plan.noise_scale:g}: wanted a number of examples above 0 for the rule "
+      f"noise, "
+      "none for others"
+    )
   if not 0 <= plan.warmup_fraction < 1 or (plan.warmup == "none") != (plan.warmup_fraction == 0):
     raise ValueError(
       f"--warmup={plan.warmup} with --warmup_fraction={plan.warmup_fraction:g}: wanted a fraction between 0 and 1 with a warm-up, 0 without"
@@ -125,9 +176,11 @@ def space_of(plan: SweepPlan, batch_size: int) -> Space:
   space = parse_space(plan.space) if plan.space else ()
   if any(dimension.name == "learning_rate" for dimension in space):
     return space
-  centre = scale_learning_rate(
-    plan.scaling_rule, plan.base_learning_rate, batch_size=batch_size, reference_batch_size=plan.reference_batch_size
-  )
+  sizes = {"batch_size": batch_size, "reference_batch_size": plan.reference_batch_size}
+  if plan.scaling_rule == "noise":
+    centre = noise_limited_rate(plan.base_learning_rate, plan.noise_scale, **sizes)
+  else:
+    centre = scale_learning_rate(plan.scaling_rule, plan.base_learning_rate, **sizes)
   return (centred("learning_rate", centre, RATE_FACTOR), *space)
 
 
@@ -136,7 +189,7 @@ def most_steps(plan: SweepPlan, *, batch_size: int, train_size: int) -> int:
   return max(plan.num_steps, round(plan.num_epochs * train_size / batch_size))
 
 
-def sweep_hparams(plan: SweepPlan, point: Mapping[str, float], budget: int) -> Hparams:
+def sweep_hparams(plan: SweepPlan, point: Mapping[str, float], budget: int, *, batch_size: int) -> Hparams:
   """Builds the hyperparameters of a point; the schedule spans the budget of the batch size, however soon a trial is cut."""
   warmup_steps = round(plan.warmup_fraction * budget)
   fixed = Hparams(
@@ -146,6 +199,8 @@ def sweep_hparams(plan: SweepPlan, point: Mapping[str, float], budget: int) -> H
     warmup_steps=warmup_steps,
     decay_steps=0.0 if plan.schedule in ("constant", "inverse_sqrt") else float(budget - warmup_steps),
   )
+  if plan.half_life:
+    fixed = fixed._replace(beta2=half_life_beta2(plan.half_life, batch_size=batch_size))
   return fixed._replace(**point)
 
 
@@ -159,13 +214,14 @@ def sweep_config(plan: SweepPlan, workload: Workload, *, batch_size: int, num_st
     optimizer=plan.optimizer,
     schedule=plan.schedule,
     warmup=plan.warmup,
+    microbatch_size=plan.microbatch_size if plan.microbatch_size < batch_size else 0,
     stop_at_target=True,
   )
 
 
-def pilot_every(budget: int) -> int:
-  """Chooses the steps between the looks of the pilot's trials."""
-  return max(1, budget // PILOT_ROWS)
+def pilot_every(num_steps: int) -> int:
+  """Chooses the steps between the looks of trials that look coarsely, as those of the pilot."""
+  return max(1, num_steps // PILOT_ROWS)
 
 
 def fine_every(fewest_steps: int | None, budget: int) -> int:

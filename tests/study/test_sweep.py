@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bsjax.analysis.steps_to_result import sweep_records
 from bsjax.records import read_records
 from bsjax.study import sweep as module
 from bsjax.study.sweep import Sweep, run_sweep
@@ -24,6 +25,7 @@ from bsjax.study.sweep_plan import (
 )
 from bsjax.study.sweep_progress import SweepProgress
 from bsjax.train import make_mesh, make_trial
+from bsjax.types import Hparams
 from bsjax.workloads import Workload, load_workload
 
 SIZES = (2, 32)
@@ -82,9 +84,13 @@ def test_cutting_trials_changes_no_minimum(whole, tmp_path, monkeypatch):
     assert len(cut_trials) == len(full_trials) == description["sweep"][str(size)]["num_trials"]
     budget = description["sweep"][str(size)]["num_steps"]
     shortened = [r for r in cut_trials if r.trial["config"]["num_steps"] < budget]
-    assert len(shortened) == len(cut_trials) - 16 > 0  # all rounds but the first
-    known = min(steps for r in cut_trials[:16] if (steps := sweep.steps(r)))
-    assert all(4 * known <= r.trial["config"]["num_steps"] < 4 * known + 8 for r in cut_trials[16:24])
+    assert len(shortened) == len(cut_trials)
+    for knows, trials in (
+      (of(folder, "pilot", size), cut_trials[:16]),
+      (cut_trials[:16], cut_trials[16:24]),
+    ):
+      known = min(steps for r in knows if (steps := sweep.steps(r)))
+      assert all(4 * known <= r.trial["config"]["num_steps"] < 4 * known + 8 for r in trials)
     fewest = min(steps for r in cut_trials if (steps := sweep.steps(r)))
     assert fewest == min(steps for r in full_trials if (steps := uncut.steps(r)))
     assert description["sweep"][str(size)]["best"] == described["sweep"][str(size)]["best"]
@@ -93,6 +99,22 @@ def test_cutting_trials_changes_no_minimum(whole, tmp_path, monkeypatch):
       assert sweep.steps(cut) in (uncut.steps(full), None)
       if sweep.steps(cut) is None and uncut.steps(full) is not None:
         assert uncut.steps(full) > 4 * fewest - description["sweep"][str(size)]["eval_every"]
+
+
+def test_a_pilot_that_promised_too_much_changes_nothing(whole, tmp_path, monkeypatch):
+  """No trial of the first round arrives in 4 steps: all of them get their whole budget."""
+  folder, sweep, description = whole
+  monkeypatch.setattr(module, "_run_pilot", lambda *_: 1)
+  monkeypatch.setattr(module, "fine_every", lambda fewest, budget: description["sweep"]["32"]["eval_every"])
+  again, described = swept(tmp_path / "hasty", batch_sizes=(32,))
+  trials = [sweep_records(d, read_records(f), 32) for d, f in ((description, folder), (described, tmp_path / "hasty"))]
+  budget = description["sweep"]["32"]["num_steps"]
+  assert all(record.trial["config"]["num_steps"] >= budget for record in trials[1][:16])
+  assert len(of(tmp_path / "hasty", "sweep", 32)) == len(trials[1]) + 16  # those cut too soon stay on disk
+  assert min(steps for r in trials[1] if (steps := again.steps(r))) == min(
+    steps for r in trials[0] if (steps := sweep.steps(r))
+  )
+  assert described["sweep"]["32"]["best"] == description["sweep"]["32"]["best"]
 
 
 def test_final_seeds_repeat_the_best_point(whole):
@@ -113,7 +135,11 @@ def test_targets_are_looked_for_finely_enough(whole):
     every = description["sweep"][str(size)]["eval_every"]
     fewest = min(steps for record in of(folder, "sweep", size) if (steps := sweep.steps(record)))
     assert every == 1 or every <= QUANTISATION * fewest
-    assert len(of(folder, "pilot", size)) == 8
+    pilot = of(folder, "pilot", size)
+    lengths = {record.trial["config"]["num_steps"] for record in pilot}
+    assert len(pilot) == 8 * len(lengths)
+    reached = {record.trial["config"]["num_steps"] for record in pilot if sweep.steps(record)}
+    assert reached == {max(lengths)}  # it went on until one arrived, and no further
 
 
 @pytest.mark.parametrize(("base", "side"), [(1e-3, "high"), (100.0, "low")])
@@ -152,7 +178,7 @@ def test_a_target_that_nobody_reaches_is_told(tmp_path):
 def test_the_schedule_spans_the_budget_however_soon_a_trial_is_cut():
   workload = load_workload("quadratic")
   plan = make_sweep_plan(workload, schedule="cosine", warmup="gradual", warmup_fraction=0.1, num_steps=1000)
-  hparams = sweep_hparams(plan, {"learning_rate": 0.3}, 1000)
+  hparams = sweep_hparams(plan, {"learning_rate": 0.3}, 1000, batch_size=32)
   assert (hparams.learning_rate, hparams.warmup_steps, hparams.decay_steps) == (0.3, 100, 900)
   trial = make_trial(sweep_config(plan, workload, batch_size=32, num_steps=200, every=7), hparams, 0)
   assert (trial.config.num_steps, trial.hparams.decay_steps) == (203, 900)
@@ -199,3 +225,44 @@ def test_bad_numbers_are_named(name):
   value, message = BAD[name]
   with pytest.raises(ValueError, match=message):
     make_sweep_plan(load_workload("digits_mlp"), **{name: value})
+
+
+def test_beta2_forgets_half_in_as_many_examples_at_every_batch_size():
+  workload = load_workload("digits_mlp")
+  plan = make_sweep_plan(workload, optimizer="adam", half_life=1000.0)
+  for size in (1, 100):
+    hparams = sweep_hparams(plan, {"learning_rate": 0.1}, 10, batch_size=size)
+    assert hparams.beta2 ** (1000 / size) == pytest.approx(0.5)
+  searched = sweep_hparams(plan, {"learning_rate": 0.1, "beta2": 0.9}, 10, batch_size=1)
+  assert searched.beta2 == 0.9
+  default = sweep_hparams(make_sweep_plan(workload), {"learning_rate": 0.1}, 10, batch_size=1)
+  assert default.beta2 == Hparams(0.1).beta2
+
+
+def test_only_batches_larger_than_the_microbatch_accumulate():
+  workload = load_workload("digits_mlp")
+  plan = make_sweep_plan(workload, microbatch_size=16, batch_sizes=(4, 16, 64))
+  sizes = [
+    sweep_config(plan, workload, batch_size=size, num_steps=4, every=1).microbatch_size for size in plan.batch_sizes
+  ]
+  assert sizes == [0, 0, 16]
+  with pytest.raises(ValueError, match="a divisor of every larger batch size, so of 64"):
+    make_sweep_plan(workload, microbatch_size=24, batch_sizes=(4, 64))
+  with pytest.raises(ValueError, match="which has batch norm"):
+    make_sweep_plan(dataclasses.replace(workload, batch_norm="running"), microbatch_size=16, batch_sizes=(4, 64))
+
+
+def test_the_noise_rule_centres_rates_between_linear_and_constant():
+  workload = load_workload("digits_mlp")
+  plan = make_sweep_plan(
+    workload, scaling_rule="noise", noise_scale=32.0, base_learning_rate=0.1, reference_batch_size=32
+  )
+  centres = [math.sqrt(d.low * d.high) for size in (1, 32, 1024) for d in space_of(plan, size)]
+  assert centres == pytest.approx([0.1 * 2 / 33, 0.1, 0.1 * 2 / (1 + 1 / 32)])
+
+
+def test_adaptive_optimizers_begin_at_their_own_rates():
+  workload = load_workload("digits_mlp")
+  rates = [make_sweep_plan(workload, optimizer=name).base_learning_rate for name in ("momentum", "adam", "lars")]
+  assert rates == [workload.preset.base_learning_rate, 0.003, 20.0]
+  assert make_sweep_plan(workload, optimizer="adam", base_learning_rate=0.5).base_learning_rate == 0.5
