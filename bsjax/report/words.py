@@ -19,9 +19,23 @@ TITLES = {
   "sharper_line": "Landscapes",
   "noise_escapes": "Escapes",
   "edge_of_stability": "Edge of stability",
+  "no_rule_fits_all": "Scaling rules",
+  "warmup_needed": "Warm-up",
+  "cosine_helps": "Cosine",
+  "lars_lamb_help": "LARS and LAMB",
+  "three_regimes": "Steps to result",
+  "momentum_extends_scaling": "Momentum",
+  "lr_sensitivity": "Sensitivity to the rate",
+  "same_best_error": "Quality",
 }
 
 EXPLANATIONS = {
+  "warmup_needed": "A gradual warm-up raises the learning rate by the same amount at every step, from almost nothing to its peak. The "
+  "linear rule multiplies the rate that is best for small batches by the ratio of the batch sizes; it is also shown as it stands, untuned.",
+  "cosine_helps": "A cosine decay lowers the learning rate along half a cosine, from its peak to 0 at the end of training.",
+  "lars_lamb_help": "LARS and LAMB scale the step of each layer to the size of its weights. The better of the two, and the better of "
+  "momentum "
+  "and AdamW, are chosen by validation loss, and compared by test error.",
   "variance_inverse_b": "A minibatch gradient is a noisy estimate of the gradient over all training examples; its variance is the "
   "sum, over all parameters, of its squared scatter around that full gradient.",
   "direction_stable": "The cosine is 1 where the minibatch gradient points exactly along the full gradient, and 0 where it points "
@@ -64,4 +78,22 @@ EXPLANATIONS = {
   "edge_of_stability": "A step of gradient descent overshoots along a direction whose curvature exceeds 2 / learning rate. The largest "
   "curvature of all is the top Hessian eigenvalue; batch sharpness is the curvature that minibatches meet along "
   "their own gradients.",
+  "no_rule_fits_all": "A rule carries the best learning rate of batch size b0 to batch size b. What it costs is the steps to the target at "
+  "the carried rate, as a multiple of those at the best rate of b; best rates are chosen on other seeds than those that are compared. N is "
+  "the noise scale tr(Sigma)/|G|^2 measured at b0. In the maps a cell is a learning rate that was tried, and a cross one at which no seed "
+  "arrives within four times the fewest steps.",
+  "three_regimes": "Every batch size is tuned by itself, so the curve shows what the batch size does and not what a fixed rate does. "
+  "Perfect scaling "
+  "means that twice the batch takes half the steps. The fewest steps of a trial count, as in Shallue et al.; the interval tells how "
+  "much the "
+  "minimum of as many other trials would vary. A trial is cut where it can be no minimum any more.",
+  "momentum_extends_scaling": "Momentum adds up gradients and so takes longer steps; what it saves at large batch sizes only is what a "
+  "plain rate "
+  "cannot reach without becoming unstable.",
+  "lr_sensitivity": "A rate is good if it reaches the target within twice the fewest steps of its batch size. With momentum the "
+  "effective rate is "
+  "the rate / (1 - momentum), the length of a step once the buffer has filled.",
+  "same_best_error": "Trials that stop at a target say nothing of what training could reach. So some points were trained on for the "
+  "whole budget, and the one that was best on the validation set was trained again with fresh seeds; their test error is read where "
+  "the validation set is best.",
 }
