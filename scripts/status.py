@@ -2,7 +2,7 @@
 
   python -m scripts.status runs/steps_to_result
 
-Counts its trials by kind and batch size, from the files alone: nothing is computed, no accelerator is touched, and it may
+Counts its trials by part, kind and batch size, from the files alone: nothing is computed, no accelerator is touched, and it may
 run beside the study, after a kill, or on another machine.
 """
 
@@ -13,7 +13,19 @@ from pathlib import Path
 from bsjax.records import RecordError
 from bsjax.records.summary import find_records, summarise
 
-HEADER = ("kind", "batch size", "trials", "complete", "diverged", "at step", "running", "failed", "examples", "seconds")
+HEADER = (
+  "part",
+  "kind",
+  "batch size",
+  "trials",
+  "complete",
+  "diverged",
+  "at step",
+  "running",
+  "failed",
+  "examples",
+  "seconds",
+)
 
 
 def table(out: Path) -> str:
@@ -26,12 +38,16 @@ def table(out: Path) -> str:
   if not rows:
     raise RecordError(f"{out} holds no trials: give the --out of a study that was started")
   lines = [HEADER, *(_cells(row) for row in rows)]
-  sums = {name: sum(row[name] for row in rows) for name in rows[0] if name not in ("kind", "batch_size", "diverged_at")}
-  lines.append(_cells({"kind": "all", "batch_size": None, "diverged_at": None} | sums))
+  sums = {
+    name: sum(row[name] for row in rows)
+    for name in rows[0]
+    if name not in ("part", "kind", "batch_size", "diverged_at")
+  }
+  lines.append(_cells({"part": "all", "kind": "", "batch_size": None, "diverged_at": None} | sums))
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(
-      cell.ljust(width) if not number else cell.rjust(width)
+      cell.ljust(width) if number < 2 else cell.rjust(width)
       for number, (cell, width) in enumerate(zip(line, widths, strict=True))
     )
     for line in lines
@@ -44,6 +60,7 @@ def _cells(row: dict) -> tuple[str, ...]:
   size = "" if row["batch_size"] is None else f"{row['batch_size']:,}"
   counts = [f"{row[name]:,}" for name in ("trials", "complete", "diverged")]
   return (
+    row["part"],
     row["kind"],
     size,
     *counts,

@@ -35,10 +35,23 @@ def out(tmp_path: Path) -> Path:
 def test_counts_by_kind_and_batch_size(out: Path) -> None:
   lines = [line.split() for line in table(out).splitlines()[1:]]
   assert lines == [
-    ["final", "8", "1", "0", "0", "1", "0", "16", "0"],
-    ["sweep", "8", "2", "0", "2", "1-1,200", "0", "0", "24", "0"],
-    ["sweep", "1,024", "1", "1", "0", "0", "0", "7,168", "2"],
+    ["steps_to_result", "final", "8", "1", "0", "0", "1", "0", "16", "0"],
+    ["steps_to_result", "sweep", "8", "2", "0", "2", "1-1,200", "0", "0", "24", "0"],
+    ["steps_to_result", "sweep", "1,024", "1", "1", "0", "0", "0", "7,168", "2"],
     ["all", "4", "1", "2", "1", "0", "7,208", "3"],
+  ]
+
+
+def test_parts_are_counted_by_themselves(out: Path) -> None:
+  (out / "steps_to_result" / "d").rename(out / "steps_to_result" / "moved")
+  (out / "steps_to_result" / "sgd").mkdir()
+  (out / "steps_to_result" / "moved").rename(out / "steps_to_result" / "sgd" / "d")
+  lines = [line.split()[:4] for line in table(out).splitlines()[1:]]
+  assert lines == [
+    ["steps_to_result", "sweep", "8", "2"],
+    ["steps_to_result", "sweep", "1,024", "1"],
+    ["steps_to_result/sgd", "final", "8", "1"],
+    ["all", "4", "1", "2"],
   ]
 
 
