@@ -17,7 +17,15 @@ from typing import Any
 from absl import flags
 
 from bsjax.study import describe_environment, make_large_batch_plan, run_command, run_large_batch_study
-from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
+from bsjax.study.command import (
+  claim_folder,
+  define_plan_flag,
+  define_study_flags,
+  lane_plan,
+  numbers_flag,
+  study_options,
+  use_compilation_cache,
+)
 from bsjax.study.large_batch_plan import ARMS
 from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
@@ -45,6 +53,7 @@ _NUM_TRIALS = flags.DEFINE_integer(
 _FINAL_SEEDS = flags.DEFINE_integer(
   "final_seeds", None, "fresh seeds that judge a tuned arm; default: 16", flag_values=_FLAGS
 )
+_PLAN = define_plan_flag(_FLAGS)
 
 
 def prepare(
@@ -55,6 +64,7 @@ def prepare(
   manual_dir: str | None = None,
   smoke: bool = False,
   trial_devices: int = 1,
+  plan: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
@@ -64,12 +74,15 @@ def prepare(
     given = {name: value for name, value in overrides.items() if value is not None}
     short = {"batch_sizes": (largest,), "num_epochs": SMOKE_STEPS * largest / len(loaded.train)}
     overrides = short | SMOKE | given
-  plan = make_large_batch_plan(loaded, **overrides)
+  arms_plan = make_large_batch_plan(loaded, **overrides)
+  lanes = lane_plan(plan)
   mesh = make_mesh(trial=trial_devices)
   return claim_folder(
     out,
-    {"experiment": "large_batch"} | workload_settings(workload) | plan.__dict__,
-    lambda folder: run_large_batch_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
+    {"experiment": "large_batch"} | workload_settings(workload) | arms_plan.__dict__,
+    lambda folder: run_large_batch_study(
+      loaded, arms_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
+    ),
   )
 
 
@@ -88,6 +101,7 @@ def _prepare_from_flags() -> Callable[[], Path]:
     num_epochs=_NUM_EPOCHS.value,
     num_trials=_NUM_TRIALS.value,
     final_seeds=_FINAL_SEEDS.value,
+    plan=_PLAN.value,
   )
 
 

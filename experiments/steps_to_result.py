@@ -18,10 +18,18 @@ from absl import flags
 
 from bsjax.optim import SCHEDULES, WARMUPS
 from bsjax.study import describe_environment, run_command
-from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
+from bsjax.study.command import (
+  claim_folder,
+  define_plan_flag,
+  define_study_flags,
+  lane_plan,
+  numbers_flag,
+  study_options,
+  use_compilation_cache,
+)
 from bsjax.study.steps import make_steps_plan, run_steps_study
 from bsjax.study.sweep_plan import SPACE_RULES
-from bsjax.train import PLANS, make_mesh
+from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
 
 SMOKE = {"num_trials": 8, "final_seeds": 2, "num_epochs": 4.0, "num_steps": 64, "quality_trials": 2}
@@ -66,9 +74,7 @@ _HALF_LIFE = flags.DEFINE_float(
 _MICROBATCH_SIZE = flags.DEFINE_integer(
   "microbatch_size", None, "larger batches accumulate gradients of so many examples", flag_values=_FLAGS
 )
-_PLAN = flags.DEFINE_enum(
-  "plan", "auto", ("auto", *PLANS), "trials side by side and in turn; auto: the fastest here", flag_values=_FLAGS
-)
+_PLAN = define_plan_flag(_FLAGS)
 
 
 def prepare(
@@ -89,8 +95,7 @@ def prepare(
     given = {name: value for name, value in overrides.items() if value is not None}
     overrides = {"batch_sizes": (sizes[len(sizes) // 2], sizes[-2], sizes[-1])} | SMOKE | given
   steps_plan = make_steps_plan(loaded, **overrides)
-  if plan not in ("auto", *PLANS):
-    raise ValueError(f"--plan={plan}, wanted one of auto, {', '.join(PLANS)}")
+  lanes = lane_plan(plan)
   mesh = make_mesh(trial=trial_devices)
   return claim_folder(
     out,
@@ -101,7 +106,7 @@ def prepare(
       "sweeps": {name: dict(sweep.__dict__) for name, sweep in steps_plan.sweeps.items()},
     },
     lambda folder: run_steps_study(
-      loaded, steps_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=PLANS.get(plan)
+      loaded, steps_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
     ),
   )
 

@@ -103,31 +103,32 @@ def _regimes_seen(study: dict, curve: SweepCurve) -> Verdict:
 
 
 def _regimes_in_words(name: str, curve: SweepCurve) -> str:
-  sizes = curve.batch_sizes
-  fit, until, useful = curve.fit, curve.perfect_until, curve.max_useful
+  fit, useful = curve.fit, curve.max_useful
+  last = curve.batch_sizes[-1]
   start = (
-    f"{name}: steps fall in proportion to the batch size, within 20 %, up to {_size(until)}"
-    if math.isfinite(until.value)
-    else f"{name}: steps fall in proportion to the batch size over all sizes tested"
+    f"{name}: the critical batch size is {in_words(fit.critical, 'z,.1f')}, so that steps fall in proportion to the batch size, within "
+    f"20 % in "
+    f"examples, up to {_size(curve.fit_perfect_until)}; it takes {in_words(fit.s_min, 'z,.0f')} steps at least"
+    if not fit.reason
+    else f"{name}: S = S_min (1 + B_crit / B) was not fitted: {fit.reason}; from point to point, steps fall in proportion up to "
+    f"{_size(curve.perfect_until)}"
   )
   end = (
-    f"from {_size(useful)} on no larger one saves more than 20 %"
+    f"from {_size(useful)} on no larger one of those tested saves more than 20 %"
     if math.isfinite(useful.value)
-    else f"no plateau was seen up to {sizes[-1]:,}"
-  )
-  fitted = (
-    f"The fit has the critical batch size {in_words(fit.critical, 'z,.1f')} and {in_words(fit.s_min, 'z,.0f')} steps at least."
-    if not fit.reason
-    else f"S = S_min (1 + B_crit / B) was not fitted: {fit.reason}."
+    else f"no plateau was seen up to {last:,}"
   )
   missing = f" Left out: {_missing(curve)}." if curve.reasons else ""
-  return f"{start}, and {end}. {fitted}{missing}"
+  return f"{start}; {end}.{missing}"
 
 
 def _size(interval: Interval) -> str:
   """Writes a batch size with its interval, whose upper end may lie beyond those tested."""
-  low, high = (f"{end:,.0f}" if math.isfinite(end) else "beyond" for end in interval[1:])
-  return f"{interval.value:,.0f} [{low}, {high}]"
+  low, high = (
+    (f"{end:,.3g}" if end < 100 else f"{end:,.0f}") if math.isfinite(end) else "beyond" for end in interval[1:]
+  )
+  value = f"{interval.value:,.3g}" if interval.value < 100 else f"{interval.value:,.0f}"
+  return f"{value if math.isfinite(interval.value) else 'beyond'} [{low}, {high}]"
 
 
 def _missing(curve: SweepCurve) -> str:
@@ -325,5 +326,9 @@ def _rates_in_words(name: str, curve: RateCurve) -> str:
     if slope is not UNKNOWN and math.isfinite(slope.value)
     else f"the best rate has no slope: {curve.best_reason}"
   )
-  missing = f" Its width has no slope: {curve.width_reason}." if curve.width_reason else ""
-  return f"{widths}; {rule}.{missing}"
+  width = (
+    f" Its width has no slope: {curve.width_reason}."
+    if curve.width_reason
+    else f" Their range grows as B^{in_words(curve.width_slope, 'z.3f')}."
+  )
+  return f"{widths}; {rule}.{width}"

@@ -52,12 +52,18 @@ def _answer(sweeps: Sweeps) -> str:
       sentences.append(f"With {name} no batch size reached the target often enough.")
       continue
     fewest, sizes = int(np.argmin(curve.steps)), curve.batch_sizes
-    until = curve.perfect_until.value
-    limit = f"up to about {until:,.0f}" if math.isfinite(until) else f"at all sizes tested, up to {sizes[-1]:,}"
     least = f" and {curve.steps[fewest]:,.0f} at {sizes[fewest]:,}" if fewest else ", the fewest of all"
+    until = curve.perfect_until.value if curve.fit.reason else curve.fit_perfect_until.value
+    limit = (
+      f"at all sizes tested, up to {sizes[-1]:,}"
+      if not math.isfinite(until)
+      else f"up to about {format_number(until)}"
+      if until > sizes[0]
+      else "nowhere"
+    )
     sentences.append(
-      f"With {name} it takes {curve.steps[0]:,.0f} steps at batch size {sizes[0]:,}{least}; twice the batch takes half the steps, within "
-      f"20 %, {limit}."
+      f"With {name} it takes {curve.steps[0]:,.0f} steps at batch size {sizes[0]:,}{least}; larger batches take no more than 20 % more "
+      f"examples {limit}."
     )
   return " ".join(sentences)
 
@@ -80,15 +86,16 @@ def _curve_table(sweeps: Sweeps) -> Table:
         _triple(curve.fit.critical),
         _triple(curve.fit.s_min),
         _triple(curve.e_min),
-        _triple(curve.perfect_until),
+        _triple(curve.perfect_until if curve.fit.reason else curve.fit_perfect_until),
         _triple(curve.max_useful),
         _triple(bias.gain),
         bias.remaining.high if math.isfinite(bias.remaining.high) else None,
       )
     )
   return Table(
-    "The curve S = S_min (1 + B_crit / B) and where its regimes end: perfect scaling where 20 % more examples are needed than at the "
-    "smallest batch size, the plateau where steps are within 20 % of the fewest. Last, what finitely many trials cost: steps with half "
+    "The curve S = S_min (1 + B_crit / B) and where its regimes end: perfect scaling where the fit needs 20 % more examples than "
+    "E_min (without a fit, than the smallest batch size), the plateau where steps are within 20 % of the fewest. Last, what finitely "
+    "many trials cost: steps with half "
     "of the trials over steps with all, and a bound on the factor that any number of further trials would save.",
     (
       "Optimizer",

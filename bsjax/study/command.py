@@ -15,6 +15,7 @@ import jax
 from absl import flags
 
 from bsjax.records import RecordError, lock_folder, open_folder
+from bsjax.train import PLANS, Plan
 from bsjax.workloads import WORKLOADS
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -114,6 +115,24 @@ def define_study_flags(out: str, *, smoke: str) -> flags.FlagValues:
 def study_options(study_flags: flags.FlagValues) -> dict[str, Any]:
   """Reads what `define_study_flags` defined, by name, after the flags were parsed."""
   return {name: study_flags[name].value for name in STUDY_FLAGS}
+
+
+def define_plan_flag(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
+  """Defines `--plan`, for experiments with many small trials; `lane_plan` reads its value."""
+  return flags.DEFINE_enum(
+    "plan", "auto", ("auto", *PLANS), "trials side by side and in turn; auto: the fastest here", flag_values=flag_values
+  )
+
+
+def lane_plan(name: str) -> Plan | None:
+  """Returns the plan of pools of this name; None, to choose the fastest, for "auto".
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if name not in ("auto", *PLANS):
+    raise ValueError(f"--plan={name}, wanted one of auto, {', '.join(PLANS)}")
+  return PLANS.get(name)
 
 
 def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:

@@ -34,6 +34,7 @@ from bsjax.study.plan import workload_facts
 from bsjax.study.space import Space, describe_space, draw_points, edges_of, widen
 from bsjax.study.sweep import SPACE_SEED
 from bsjax.study.sweep_plan import FIRST_FINAL_SEED, MOST_WIDENINGS
+from bsjax.train import Plan as LanePlan
 from bsjax.train import make_trial, run_trials
 from bsjax.train.pool import Probe
 from bsjax.workloads import Workload
@@ -51,6 +52,7 @@ class LargeBatchStudy(NamedTuple):
   provenance: dict[str, Any]
   progress: LargeBatchProgress
   probe: Probe
+  lane_plan: LanePlan | None
 
   def budget(self, batch_size: int) -> Budget:
     """Returns the budget of a batch size."""
@@ -82,12 +84,19 @@ class LargeBatchStudy(NamedTuple):
       probe=self.probe,
       provenance={"kind": kind, "arm": name or arm} | self.provenance,
       on_progress=lambda steps: self.progress.advance(config, steps),
+      plan=self.lane_plan,
     )
     return [read_record(self.folder / trial.id) for trial in trials]
 
 
 def run_large_batch_study(
-  workload: Workload, plan: LargeBatchPlan, out: Path, *, mesh: Mesh, environment: dict[str, Any]
+  workload: Workload,
+  plan: LargeBatchPlan,
+  out: Path,
+  *,
+  mesh: Mesh,
+  environment: dict[str, Any],
+  lane_plan: LanePlan | None = None,
 ) -> Path:
   """Runs the study into `out` and returns the path of the report.
 
@@ -95,6 +104,7 @@ def run_large_batch_study(
     out: a folder claimed by `open_folder`; trials go to `out/large_batch/`, results beside it.
     mesh: axes "trial" and "data".
     environment: versions, device, code revision and command line; shown in the report and kept in every `trial.json`.
+    lane_plan: how many trials run side by side and in turn; None: the fastest.
 
   Holds: whatever is complete on disk is not computed again; what is trained depends on the plan and on earlier records only.
   """
@@ -102,7 +112,9 @@ def run_large_batch_study(
   folder.mkdir(exist_ok=True)
   measure = split_metrics(workload)
   with LargeBatchProgress(workload, plan) as progress:
-    study = LargeBatchStudy(workload, plan, folder, mesh, environment, progress, lambda trial, state: [measure(state)])
+    study = LargeBatchStudy(
+      workload, plan, folder, mesh, environment, progress, lambda trial, state: [measure(state)], lane_plan
+    )
     reference = plan.reference_batch_size
     baseline = _tune_and_train(study, BASELINE, reference)
     entries: dict[str, dict[str, Any]] = {str(reference): {BASELINE: baseline}}

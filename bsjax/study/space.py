@@ -53,7 +53,7 @@ class Dimension:
       raise ValueError(f"{where}: a log scale cannot reach 0, raise the lower bound above it")
     if self.scale == "reverse_log" and self.high >= 1:
       raise ValueError(f"{where}: a reverse log scale cannot reach 1, lower the upper bound below it")
-    if self.scale == "integer" and not (self.low.is_integer() and self.high.is_integer()):
+    if self.scale == "integer" and not (float(self.low).is_integer() and float(self.high).is_integer()):
       raise ValueError(f"{where}: an integer scale needs whole bounds")
 
   def value(self, unit: float) -> float:

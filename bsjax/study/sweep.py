@@ -209,8 +209,11 @@ def _nearest(sweep: Sweep, records: Sequence[Record]) -> int | None:
   sign = -1 if target.direction == "max" else 1
 
   def rank(number: int) -> tuple[float, float, int]:
+    steps = sweep.steps(records[number])
+    if steps is not None:
+      return steps, 0.0, number
     values = [sign * row[target.metric] for row in records[number].metrics if is_number(row.get(target.metric))]
-    return sweep.steps(records[number]) or math.inf, min(values, default=math.inf), number
+    return math.inf, min(values, default=math.inf), number
 
   complete = [number for number, record in enumerate(records) if record.status["state"] == "complete"]
   return min(complete, key=rank, default=None)

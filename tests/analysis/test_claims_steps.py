@@ -70,8 +70,8 @@ def test_three_regimes_hold_where_the_bend_lies_well_inside():
   assert claim.verdict == "holds"
   assert claim.ci_low < 64 < claim.ci_high
   assert claim.n == len(SIZES)
-  assert "steps fall in proportion to the batch size, within 20 %, up to" in finding.reading
-  assert "The fit has the critical batch size" in finding.reading
+  assert "sgd: the critical batch size is 63.8 [" in finding.reading
+  assert "up to 12.8 [" in finding.reading  # a fifth of it
 
 
 def test_three_regimes_fail_where_nothing_is_straight():

@@ -11,7 +11,19 @@ from bsjax.analysis import (
   judge_temperature,
 )
 from bsjax.analysis.claim import columns
-from bsjax.figures import FIGURES, FURTHER_FIGURES, dynamics, estimators, landscape, noise, sharpness, study
+from bsjax.figures import (
+  FIGURES,
+  FURTHER_FIGURES,
+  dynamics,
+  estimators,
+  landscape,
+  large_batch,
+  noise,
+  scaling,
+  sharpness,
+  steps,
+  study,
+)
 from tests.analysis import simulate_noise
 from tests.figures.drawn import assert_draws_cleanly, line_of, texts_of
 from tests.report.example import make_claim
@@ -55,10 +67,11 @@ def _hollow(axes):
 
 
 def test_every_claim_has_its_figure():
-  rooms = (study, noise, estimators, sharpness, landscape, dynamics)
+  rooms = (study, noise, estimators, sharpness, landscape, dynamics, steps, scaling, large_batch)
   assert set(FIGURES) == {name for room in rooms for name in room.FIGURES}
   assert len(FIGURES) == sum(len(room.FIGURES) for room in rooms)
-  assert FURTHER_FIGURES == noise.FURTHER_FIGURES | sharpness.FURTHER_FIGURES | landscape.FURTHER_FIGURES
+  further = [getattr(room, "FURTHER_FIGURES", {}) for room in rooms]
+  assert {name: figures for each in further for name, figures in each.items()} == FURTHER_FIGURES
   assert set(FURTHER_FIGURES) <= set(FIGURES)
   assert not set(DRAW) & set(study.FIGURES)
 

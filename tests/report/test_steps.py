@@ -67,7 +67,7 @@ def test_the_answer_tells_the_steps_and_how_far_scaling_is_perfect(page, sweeps)
     f"With momentum it takes {curve.steps[0]:,.0f} steps at batch size 1 and {curve.steps[-1]:,.0f} at 1,024"
     in page.answer
   )
-  assert f"up to about {curve.perfect_until.value:,.0f}" in page.answer
+  assert f"no more than 20 % more examples up to about {curve.fit_perfect_until.value:.1f}" in page.answer
   assert "until validation accuracy was at least 0.97" in page.lead
 
 

@@ -271,6 +271,7 @@ def test_bad_numbers_are_named(name):
     ({"arms": ()}, "--arms=, wanted some of"),
     ({"reference_batch_size": 0}, "--reference_batch_size=0, wanted 1 to 1024"),
     ({"num_epochs": math.nan}, "--num_epochs=nan, wanted a finite number above 0"),
+    ({"num_epochs": math.inf}, "--num_epochs=inf, wanted a finite number above 0"),
   ],
 )
 def test_bad_edges_are_named(options, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bsjax.analysis.steps_to_result import sweep_records
+from bsjax.analysis.steps_to_result import steps_to_result, sweep_records
 from bsjax.records import read_records
 from bsjax.study import sweep as module
 from bsjax.study.sweep import Sweep, run_sweep
@@ -115,6 +115,22 @@ def test_a_pilot_that_promised_too_much_changes_nothing(whole, tmp_path, monkeyp
     steps for r in trials[0] if (steps := sweep.steps(r))
   )
   assert described["sweep"]["32"]["best"] == description["sweep"]["32"]["best"]
+
+
+def test_of_equal_trials_the_sweep_and_the_analysis_take_the_same(whole):
+  """Two points arrive at the same step, the later one nearer to the goal: both take the first."""
+  folder, sweep, description = whole
+  records = sweep_records(description, read_records(folder), 32)
+  best = description["sweep"]["32"]["best"]
+  later = next(number for number in range(len(records)) if number > best)
+  rows = [dict(row) for row in records[best].metrics]
+  metric = sweep.workload.target.metric
+  rows[-1][metric] -= 1e-3  # the goal of the quadratic is a small loss
+  tied = [*records]
+  tied[later] = records[later]._replace(metrics=rows, status={"state": "complete"})
+  assert module._nearest(sweep, tied) == best
+  (result,) = [r for r in steps_to_result(description, tied) if r.batch_size == 32]
+  assert result.point == best
 
 
 def test_final_seeds_repeat_the_best_point(whole):

@@ -1,0 +1,124 @@
+"""Lattices grow until the best rate shows with a failing one on either side; what was expected wrongly is done again; misses are told."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bsjax.records import read_records
+from bsjax.study import lattice as module
+from bsjax.study.lattice import Expected, Grown, _guess, _lay, _open_sides, noise_steps
+from bsjax.study.scaling_rules import make_scaling_plan, sweep_plan_of
+from bsjax.study.sweep import Sweep
+from bsjax.study.sweep_plan import GIVE_UP_FACTOR
+from bsjax.study.sweep_progress import SweepProgress
+from bsjax.train import make_mesh
+from bsjax.workloads import load_workload
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def workload():
+  return load_workload("quadratic")
+
+
+def make_sweep(folder, workload, **overrides):
+  plan = make_scaling_plan(workload, **{"batch_sizes": (SIZE, 128), "optimizers": ("sgd",), "seeds": 4} | overrides)
+  sweep_plan = sweep_plan_of(plan, workload, "sgd")
+  folder.mkdir(exist_ok=True)
+  progress = SweepProgress(workload, sweep_plan, sweeps=("sgd",))
+  progress.begin(SIZE, "sgd")
+  return Sweep(workload, sweep_plan, folder, make_mesh(data=1), {}, progress, "sgd")
+
+
+def steps_of(sweep, grown):
+  """Steps to the target by rate and seed, read from the records; the rows that count are those of the last attempt."""
+  found = {}
+  for record in read_records(sweep.folder):
+    if record.trial["kind"] == "lattice" and record.trial["config"]["eval_every"] == grown.every:
+      k = round(2 * math.log2(record.trial["hparams"]["learning_rate"] / sweep.plan.base_learning_rate))
+      found.setdefault(k, {})[record.trial["seed"]] = (sweep.steps(record), record.trial["config"]["num_steps"])
+  return found
+
+
+@pytest.mark.parametrize("guess", [-6, 1, 9])
+def test_a_lattice_ends_beyond_failing_rates_wherever_it_begins(guess, tmp_path, workload):
+  """From far below, near and far above, where rates diverge: the same best rate, and on each side a rate that fails at every seed."""
+  sweep = make_sweep(tmp_path / "run", workload)
+  grown = _lay(sweep, SIZE, guess, Expected(None, None), range(4))
+  found = steps_of(sweep, grown)
+  assert sorted(found) == list(range(grown.first, grown.last + 1))
+  assert all(sorted(trials) == [0, 1, 2, 3] for trials in found.values())
+  limit = GIVE_UP_FACTOR * grown.fewest
+  fails = {k: all(steps is None or steps > limit for steps, _ in trials.values()) for k, trials in found.items()}
+  assert any(fails[k] for k in range(grown.first, grown.best))
+  assert any(fails[k] for k in range(grown.best + 1, grown.last + 1))
+  assert grown.open == ()
+  means = {
+    k: np.mean([math.log(s or limit) for s, _ in trials.values()]) for k, trials in found.items() if not fails[k]
+  }
+  assert min(means, key=means.get) == grown.best
+  assert grown.fewest == pytest.approx(math.exp(min(means.values())))
+  # Curvature between 0.05 and 1: rates above 2 are unstable, and the best is the largest that is not far from it.
+  assert 0.5 < sweep.plan.base_learning_rate * 2 ** (grown.best / 2) < 2
+  for trials in found.values():
+    assert all(
+      steps is not None or most >= limit for steps, most in trials.values()
+    )  # nothing was cut before the limit
+
+
+def test_a_target_looked_for_too_rarely_or_cut_too_soon_is_done_again(tmp_path, workload):
+  """The target 0.0005 takes some 50 steps: expected at 1000 it would be looked for every 10; expected at 3, cut at 12."""
+  near = dataclasses.replace(workload, target=workload.target._replace(goal=0.004))
+  sweep = make_sweep(tmp_path / "right", near)
+  right = _lay(sweep, SIZE, 4, Expected(30, 60), range(4))
+  for name, expected in (("rarely", Expected(1000, 2000)), ("soon", Expected(2, 1)), ("none", Expected(None, 1))):
+    again = _lay(make_sweep(tmp_path / name, near), SIZE, 4, expected, range(4))
+    assert (again.every, again.best) == (1, right.best)
+    assert again.fewest == pytest.approx(right.fewest)
+    assert again.open == ()
+
+
+def test_the_next_batch_size_begins_where_the_square_root_rule_leads(tmp_path, workload):
+  sweep = make_sweep(tmp_path / "run", workload)
+  grown = Grown(0, 8, 1, 5, 40.0, (), "")
+  assert _guess(sweep, 32, (128, grown)) == (3, Expected(40.0, 160.0))
+  assert _guess(sweep, 2, (128, grown)) == (-1, Expected(40.0, 2560.0))
+
+
+def test_a_target_out_of_reach_is_told_with_how_near(tmp_path, workload):
+  out_of_reach = dataclasses.replace(workload, target=workload.target._replace(goal=-1.0))
+  sweep = make_sweep(tmp_path / "run", out_of_reach, num_steps=16, num_epochs=0.01)
+  grown = _lay(sweep, SIZE, 0, Expected(None, None), range(4))
+  assert (grown.best, grown.fewest) == (None, None)
+  values = [row["validation_loss"] for record in read_records(sweep.folder) for row in record.metrics]
+  assert grown.reason == f"not reached: the nearest validation_loss is {min(values):.4g}, the target -1"
+
+
+def test_rates_that_all_diverge_are_lowered_and_then_told(tmp_path, workload):
+  sweep = make_sweep(tmp_path / "run", workload, num_steps=128, num_epochs=0.01)
+  grown = _lay(sweep, SIZE, 40, Expected(None, None), range(4))
+  assert grown.first == 40 - module.REACH * (1 + module.MOST_WIDENINGS)
+  assert grown.reason == "every trial diverged"
+
+
+def test_a_side_is_open_until_a_rate_fails_at_every_seed():
+  nan = math.nan
+  steps = np.array([[50.0, 12, 10, 11, nan], [nan, 12, 10, 11, 20]])
+  assert _open_sides(steps, 2, 10.0) == ("high",)
+  assert _open_sides(steps[:, :4], 2, 10.0) == ("high",)
+  assert _open_sides(steps[:, 1:], 1, 10.0) == ("low", "high")
+  assert _open_sides(steps[:1], 2, 10.0) == ()
+
+
+@pytest.mark.parametrize(("num_steps", "every"), [(1, 1), (7, 1), (640, 4), (50, 50), (3000, 10)])
+def test_noise_is_measured_at_steps_that_a_trial_has(num_steps, every):
+  steps = noise_steps(num_steps, every)
+  assert steps[-1] == num_steps
+  assert steps[0] >= min(num_steps / module.NOISE_SPAN / 2, every)
+  assert all(step > 0 and step % every == 0 for step in steps)
+  assert len(steps) <= module.NOISE_STEPS
+  json.dumps(steps)
