@@ -18,6 +18,7 @@ from absl import flags
 
 from bsjax.study import describe_environment, make_large_batch_plan, run_command, run_large_batch_study
 from bsjax.study.command import (
+  check_spread,
   claim_folder,
   define_plan_flag,
   define_study_flags,
@@ -77,6 +78,7 @@ def prepare(
   arms_plan = make_large_batch_plan(loaded, **overrides)
   lanes = lane_plan(plan)
   mesh = make_mesh(trial=trial_devices)
+  check_spread((arms_plan.reference_batch_size, *arms_plan.batch_sizes), mesh)
   return claim_folder(
     out,
     {"experiment": "large_batch"} | workload_settings(workload) | arms_plan.__dict__,

@@ -19,6 +19,7 @@ from absl import flags
 from bsjax.optim import SCHEDULES, WARMUPS
 from bsjax.study import describe_environment, run_command
 from bsjax.study.command import (
+  check_spread,
   claim_folder,
   define_plan_flag,
   define_study_flags,
@@ -97,6 +98,7 @@ def prepare(
   steps_plan = make_steps_plan(loaded, **overrides)
   lanes = lane_plan(plan)
   mesh = make_mesh(trial=trial_devices)
+  check_spread(next(iter(steps_plan.sweeps.values())).batch_sizes, mesh)
   return claim_folder(
     out,
     {"experiment": "steps_to_result"}

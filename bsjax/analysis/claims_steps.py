@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bsjax.analysis.budget_curves import budget_curves
 from bsjax.analysis.claim import Finding, Verdict, columns, conjunction, in_words, inside, judged, positive, unjudged
 from bsjax.analysis.claims_gradient_noise import exponential
 from bsjax.analysis.finite_trials import check_final_seeds
@@ -35,6 +36,7 @@ Sweeps = Mapping[str, SweepRecords]
 WITH_MOMENTUM = ("momentum", "nesterov", "momentum_absorbed", "nesterov_absorbed")
 LEAST_EXTENSION = math.log(1.25)
 """A critical batch size a quarter larger is the least worth the name: batch sizes are chosen by factors of two."""
+NUM_BUDGETS = 4
 LEAST_WIDTH_SLOPE = 0.05
 """Over a thousandfold batch size, rates that are good over a range 1.4 times as wide."""
 
@@ -75,10 +77,11 @@ def judge_three_regimes(sweeps: Sweeps) -> Finding:
   Series, one entry for each optimizer and batch size: optimizer, batch_size, steps (Shallue's rule), steps_low, steps_high, perfect,
   regime, regime_share, train_steps (McCandlish's rule, NaN if none), final_ratio; for each trial that reached the target: trial_optimizer,
   trial_batch_size, trial_steps; states: state_optimizer, state_batch_size, reached, not_reached, incomplete, infeasible; for each
-  optimizer: curve_optimizer, s_min, critical, critical_low, critical_high, perfect_until, max_useful.
+  optimizer: curve_optimizer, s_min, critical, critical_low, critical_high, perfect_until, max_useful; budget curves of the fastest
+  optimizer (`budget_optimizer`, 0-d, its `budget_metric`): budget_unit, budget, budget_batch_size, budget_best, budget_reached.
   """
   curves = {name: fit_sweep(steps_by_batch_size(*sweep)) for name, sweep in sweeps.items()}
-  series = _curve_series(sweeps, curves)
+  series = _curve_series(sweeps, curves) | _budget_series(sweeps, curves)
   verdicts = {name: _regimes_seen(sweeps[name].study, curve) for name, curve in curves.items()}
   shown = [name for name, curve in curves.items() if len(curve.batch_sizes)]
   if not shown:
@@ -198,6 +201,33 @@ def _curve_series(sweeps: Sweeps, curves: Mapping[str, SweepCurve]) -> dict[str,
     | columns("state_optimizer state_batch_size reached not_reached incomplete infeasible", states)
     | columns("curve_optimizer s_min critical critical_low critical_high perfect_until max_useful", summary)
   )
+
+
+def _budget_series(sweeps: Sweeps, curves: Mapping[str, SweepCurve]) -> dict[str, np.ndarray]:
+  """Returns step-budget and epoch-budget curves of the optimizer that needs the fewest steps at any batch size.
+
+  The budgets of either kind are spaced evenly in log from the fewest steps (epochs) that any batch size needs to the most.
+  """
+  shown = [name for name, curve in curves.items() if len(curve.batch_sizes)]
+  name = min(shown, key=lambda name: curves[name].steps.min(), default="")
+  rows: list[tuple] = []
+  if name:
+    study, records = sweeps[name]
+    curve = curves[name]
+    needed = {"steps": curve.steps, "epochs": curve.steps * curve.batch_sizes / study["train_size"]}
+    for unit, needs in needed.items():
+      budgets = np.geomspace(needs.min(), needs.max(), NUM_BUDGETS)
+      found = budget_curves(study, records, budgets.tolist(), unit=unit)  # type: ignore[arg-type]
+      rows += [
+        (unit, budget, size, found.best[i, j], found.reached[i, j])
+        for i, budget in enumerate(budgets)
+        for j, size in enumerate(found.batch_sizes)
+      ]
+  metric = sweeps[name].study["target"]["metric"] if name else ""
+  return columns("budget_unit budget budget_batch_size budget_best budget_reached", rows) | {
+    "budget_optimizer": np.array(name),
+    "budget_metric": np.array(metric),
+  }
 
 
 def judge_momentum_extends_scaling(sweeps: Sweeps) -> Finding:

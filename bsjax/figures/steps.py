@@ -90,6 +90,36 @@ def _draw_fit(axes: Axes, finding: Finding, name: str, sizes: np.ndarray, color:
     axes.plot(x, y * x if examples else y, "--", color=color, linewidth=1.4)
 
 
+def draw_budget_curves(finding: Finding) -> Figure:
+  """Draw the best metric that a budget of steps, or of epochs, buys at each batch size.
+
+  Source: Shallue et al. (2019), Fig. 11.
+  """
+  question = "What does a budget of steps, or of epochs, buy?"
+  unit = column(finding, "budget_unit", str)
+  budget, size, best = columns(finding, "budget budget_batch_size budget_best")
+  reached = column(finding, "budget_reached", bool)
+  if not np.isfinite(best).any():
+    return no_data(question, finding)
+  optimizer, metric = (str(np.asarray(finding.series.get(f"budget_{name}", ""))) for name in ("optimizer", "metric"))
+  figure, panels = style.new_figure(question, num_panels=2)
+  for axes, each in zip(panels, ("steps", "epochs"), strict=True):
+    budgets = np.unique(budget[unit == each])
+    for color, marker, limit in zip(style.shades(len(budgets)), MARKERS, budgets, strict=False):
+      at = (unit == each) & (budget == limit) & np.isfinite(best)
+      axes.plot(size[at], best[at], "-", color=color, linewidth=1.2)
+      for chosen, fill in ((at & ~reached, "full"), (at & reached, "none")):
+        axes.plot(size[chosen], best[chosen], marker, color=color, markersize=5.5, fillstyle=fill)
+      axes.plot([], [], f"-{marker}", color=color, label=f"{limit:,.3g} {each}")
+    style.batch_size_axis(axes, size)
+    caption = f"{optimizer}; hollow: at the target, where trials end"
+    style.describe(
+      axes, caption=caption, x_label=BATCH_SIZE, y_label=f"best {metric.replace('_', ' ')} within the budget"
+    )
+  style.add_legend(figure, num_columns=4)
+  return figure
+
+
 def draw_trial_states(finding: Finding) -> Figure:
   """Draw what became of the trials of each batch size, a panel for each optimizer."""
   question = "What became of the trials?"
@@ -216,5 +246,5 @@ FIGURES: dict[str, Callable[[Finding], Figure]] = {
   "same_best_error": draw_same_best_error,
 }
 FURTHER_FIGURES: dict[str, dict[str, Callable[[Finding], Figure]]] = {
-  "three_regimes": {"trial_states": draw_trial_states}
+  "three_regimes": {"budget_curves": draw_budget_curves, "trial_states": draw_trial_states}
 }

@@ -7,12 +7,13 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from bsjax.records import RecordError, lock_folder, open_folder
 from bsjax.train import PLANS, Plan
@@ -133,6 +134,23 @@ def lane_plan(name: str) -> Plan | None:
   if name not in ("auto", *PLANS):
     raise ValueError(f"--plan={name}, wanted one of auto, {', '.join(PLANS)}")
   return PLANS.get(name)
+
+
+def check_spread(batch_sizes: Sequence[int], mesh: Mesh) -> None:
+  """Refuses batch sizes that the devices of the mesh axis "data" cannot share equally.
+
+  Raises:
+    ValueError: one of them; the message names its neighbours that they can.
+  """
+  devices = mesh.shape["data"]
+  for size in batch_sizes:
+    if size % devices:
+      below, above = size - size % devices, size - size % devices + devices
+      neighbours = f"{below} or {above}" if below else f"{above}"
+      raise ValueError(
+        f"--batch_sizes has {size}, which {devices} devices cannot share equally: use {neighbours}, or give the devices to trials with "
+        "--trial_devices"
+      )
 
 
 def numbers_flag(name: str, texts: list[str] | None, kind: type, wanted: str) -> tuple[Any, ...] | None:

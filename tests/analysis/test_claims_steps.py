@@ -1,5 +1,6 @@
 """The judges of sweeps see what was put into simulated ones, and say what is missing."""
 
+import itertools
 import math
 
 import numpy as np
@@ -125,6 +126,22 @@ def test_the_series_hold_the_curve_its_trials_and_their_states(bent, sgd, moment
   assert series["critical"][series["curve_optimizer"] == "momentum"] == pytest.approx([128], rel=0.3)
   # The training loss falls to the matching goal a fixed share of the way, so its curve is parallel.
   assert np.isfinite(series["train_steps"]).all()
+
+
+def test_more_budget_buys_more_and_the_fewest_steps_reach_the_target_at_one_batch_size(bent):
+  series = bent.series
+  assert series["budget_optimizer"] == "sgd" or series["budget_optimizer"] == "momentum"
+  fastest = series["steps"].min()
+  assert (series["optimizer"][series["steps"] == fastest] == series["budget_optimizer"]).any()
+  for unit in ("steps", "epochs"):
+    at = series["budget_unit"] == unit
+    budgets = np.unique(series["budget"][at])
+    table = [series["budget_best"][at & (series["budget"] == budget)] for budget in budgets]
+    assert all((np.nan_to_num(more) >= np.nan_to_num(less)).all() for less, more in itertools.pairwise(table))
+    smallest, largest = (series["budget_reached"][at & (series["budget"] == b)] for b in (budgets[0], budgets[-1]))
+    assert smallest.any()
+    assert not smallest.all()
+    assert largest.all()
 
 
 def test_without_trials_that_reached_the_target_nothing_is_judged():

@@ -34,7 +34,7 @@ def test_a_run_judges_its_claims_and_writes_what_it_promises(out):
   assert [claim["id"] for claim in claims] == list(CLAIMS)
   page = (out / "report.html").read_text()
   assert "How many steps does digits_mlp need at each batch size?" in page
-  assert page.count("data:image/png;base64,") == len(CLAIMS) + 1
+  assert page.count("data:image/png;base64,") == len(CLAIMS) + 2
   study = json.loads((out / "study.json").read_text())
   assert list(study["optimizers"]) == ["sgd", "momentum"]
   rows = (out / "results.csv").read_text().splitlines()

@@ -29,7 +29,7 @@ def findings():
   found = [judge(sweeps) for judge in (judge_three_regimes, judge_momentum_extends_scaling, judge_lr_sensitivity)]
   quality = {name: test_claims_quality.swept([0.05] * 4, seed=seed) for seed, name in enumerate(sweeps)}
   found.append(judge_same_best_error(quality))
-  return {finding.claim.id: finding for finding in found} | {"trial_states": found[0]}
+  return {finding.claim.id: finding for finding in found} | dict.fromkeys(("trial_states", "budget_curves"), found[0])
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -87,6 +87,23 @@ def test_all_trials_are_counted_in_the_bars(findings):
     assert np.sum(heights, axis=0).tolist() == [48] * len(SIZES)
     floors = [[bar.get_y() for bar in group] for group in axes.containers]
     np.testing.assert_allclose(floors, np.cumsum([np.zeros(len(SIZES)), *heights[:-1]], axis=0))
+
+
+def test_budgets_buy_what_the_series_say(findings):
+  finding = findings["budget_curves"]
+  steps, epochs = DRAW["budget_curves"](finding).axes
+  for axes, unit in ((steps, "steps"), (epochs, "epochs")):
+    lines = [line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
+    at = finding.series["budget_unit"] == unit
+    budgets = np.unique(finding.series["budget"][at])
+    assert len(lines) == len(budgets) == 4
+    for line, budget in zip(lines, budgets, strict=True):
+      here = at & (finding.series["budget"] == budget) & np.isfinite(finding.series["budget_best"])
+      np.testing.assert_array_equal(line.get_xdata(), finding.series["budget_batch_size"][here])
+      np.testing.assert_allclose(line.get_ydata(), finding.series["budget_best"][here])
+  hollow = [line for line in steps.lines if line.get_fillstyle() == "none"]
+  reached = finding.series["budget_reached"] & (finding.series["budget_unit"] == "steps")
+  assert sum(len(line.get_xdata()) for line in hollow) == reached.sum() > 0
 
 
 def test_doubtful_rates_are_hollow(findings):
