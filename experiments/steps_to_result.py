@@ -28,7 +28,7 @@ from bsjax.study.command import (
   study_options,
   use_compilation_cache,
 )
-from bsjax.study.steps import make_steps_plan, run_steps_study
+from bsjax.study.steps import make_steps_plan, run_steps_study, with_validation
 from bsjax.study.sweep_plan import SPACE_RULES
 from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
@@ -48,6 +48,9 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps that even the larges
 _FINAL_SEEDS = flags.DEFINE_integer("final_seeds", None, "fresh seeds of the best trial", flag_values=_FLAGS)
 _QUALITY_TRIALS = flags.DEFINE_integer(
   "quality_trials", None, "trained for the whole budget at every batch size; default: 8, 0 for none", flag_values=_FLAGS
+)
+_VALIDATION_EXAMPLES = flags.DEFINE_integer(
+  "validation_examples", None, "on the first so many of the validation set the target is looked for", flag_values=_FLAGS
 )
 _SPACE = flags.DEFINE_string(
   "space",
@@ -87,10 +90,11 @@ def prepare(
   smoke: bool = False,
   trial_devices: int = 1,
   plan: str = "auto",
+  validation_examples: int | None = None,
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = with_validation(load_workload(workload, data_dir=data_dir, manual_dir=manual_dir), validation_examples)
   if smoke:
     sizes = loaded.preset.batch_sizes
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -105,6 +109,7 @@ def prepare(
     | workload_settings(workload)
     | {
       "quality_trials": steps_plan.quality_trials,
+      "validation_examples": len(loaded.validation),
       "sweeps": {name: dict(sweep.__dict__) for name, sweep in steps_plan.sweeps.items()},
     },
     lambda folder: run_steps_study(
@@ -129,6 +134,7 @@ def _prepare_from_flags() -> Callable[[], Path]:
     num_steps=_NUM_STEPS.value,
     final_seeds=_FINAL_SEEDS.value,
     quality_trials=_QUALITY_TRIALS.value,
+    validation_examples=_VALIDATION_EXAMPLES.value,
     space=_SPACE.value,
     scaling_rule=_SCALING_RULE.value,
     noise_scale=_NOISE_SCALE.value,

@@ -17,6 +17,7 @@ from bsjax.analysis import (
 from bsjax.analysis.quality import QUALITY, QUALITY_FINAL, best_quality
 from bsjax.analysis.steps_to_result import sweep_records
 from bsjax.analysis.sweep_table import sweep_table
+from bsjax.data import Source
 from bsjax.records import read_records, write_json
 from bsjax.report import steps_page, write_experiment
 from bsjax.study.measure import metrics_of
@@ -60,6 +61,21 @@ def make_steps_plan(
   return StepsPlan(
     {name: make_sweep_plan(workload, optimizer=name, **overrides) for name in optimizers}, quality_trials
   )
+
+
+def with_validation(workload: Workload, count: int | None) -> Workload:
+  """Keeps the first `count` validation examples (None: all), where looking for the target costs more than the training between two looks.
+
+  Raises:
+    ValueError: a count out of range.
+  """
+  if count is None:
+    return workload
+  whole = workload.validation
+  if not 1 <= count <= len(whole):
+    raise ValueError(f"--validation_examples={count}, wanted 1 to {len(whole)}, the size of the validation set")
+  arrays = {name: array[:count] for name, array in whole.arrays.items()}
+  return dataclasses.replace(workload, validation=Source(whole.name, whole.split, arrays))
 
 
 def run_steps_study(

@@ -144,6 +144,7 @@ def test_series_say_what_was_measured():
   from_smallest = dict(rows(finding, "summary_", "selection regret", rule="none"))["from_smallest"]
   assert from_smallest == pytest.approx(np.prod([regret(2 * j, 0) for j in (1, 2, 3, 4)]) ** (1 / 4), rel=ROUNDING)
   assert rows(finding, "worst_", "from to regret", rule="sqrt", optimizer="sgd")[0][2] == pytest.approx(1, rel=ROUNDING)
+  assert (finding.series["worst_from"] < finding.series["worst_to"]).all()
   reference = {
     b: (rate, cost) for b, rate, cost in rows(finding, "reference_", "batch_size rate regret", rule="linear")
   }
@@ -180,6 +181,11 @@ def test_a_rule_without_a_noise_scale_is_left_out():
   check(finding, "fails")
   assert "Left out: the rule noise (not measured with every optimizer)." in finding.reading
   assert set(finding.series["worst_rule"]) == set(RULES) - {"noise"}
+  study, records = simulate(power_law(0.5), noise=0.01, optimizers=("sgd", "adam"), scales=TRUE_SCALE)
+  records = [r for r in records if r.trial["kind"] == "lattice" or r.trial["config"]["optimizer"] == "sgd"]
+  finding = judge_no_rule_fits_all(study, records)
+  assert "the rule noise (not measured with every optimizer)" in finding.reading
+  assert [name for (name,) in rows(finding, "worst_", "optimizer", rule="noise")] == ["sgd"]
 
 
 def test_nothing_measured_is_told():

@@ -178,9 +178,9 @@ def test_a_rate_that_fails_for_some_seed_loses():
   assert fewest_steps(steps, FACTOR) == (0, pytest.approx(100))
   assert fewest_steps(steps[:2], FACTOR) == (1, pytest.approx(70))
   assert fewest_steps(np.full((2, 3), np.nan), FACTOR) is None
-  # The slow rate's 10 000 steps count as 4 times the fewest, so it does not decide what a failure costs.
-  slow = np.column_stack([steps, [10_000.0] * 3])
-  assert fewest_steps(slow, FACTOR) == (0, pytest.approx(100))
+  # A slow rate's 10 000 steps do not decide what a failure costs: it is 4 x 200, and (70 * 70 * 800)^(1/3) = 158 < 200.
+  slow = np.column_stack([2 * steps[:, 0], steps[:, 1], [10_000.0] * 3])
+  assert fewest_steps(slow, FACTOR) == (1, pytest.approx((70 * 70 * 800) ** (1 / 3)))
 
 
 def test_the_best_rate_is_refined_to_the_vertex():

@@ -85,6 +85,8 @@ def test_a_run_continues_where_it_was_killed(out, tmp_path):
     ({"space": "learning_rate:log:0:0.1"}, "a log scale cannot reach 0"),
     ({"scaling_rule": "noise"}, "--noise_scale=0: wanted a number of examples"),
     ({"noise_scale": 100.0}, "none for others"),
+    ({"validation_examples": 400}, "--validation_examples=400, wanted 1 to 386"),
+    ({"plan": "fast"}, "--plan=fast, wanted one of auto"),
   ],
 )
 def test_nonsense_is_refused_before_anything_is_made(options, words, tmp_path):

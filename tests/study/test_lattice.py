@@ -35,13 +35,19 @@ def make_sweep(folder, workload, **overrides):
 
 
 def steps_of(sweep, grown):
-  """Steps to the target by rate and seed, read from the records; the rows that count are those of the last attempt."""
+  """Steps to the target and most steps, by rate and seed; of repeated trials the longest."""
   found = {}
-  for record in read_records(sweep.folder):
+  for record in sorted(read_records(sweep.folder), key=lambda record: record.trial["config"]["num_steps"]):
     if record.trial["kind"] == "lattice" and record.trial["config"]["eval_every"] == grown.every:
       k = round(2 * math.log2(record.trial["hparams"]["learning_rate"] / sweep.plan.base_learning_rate))
       found.setdefault(k, {})[record.trial["seed"]] = (sweep.steps(record), record.trial["config"]["num_steps"])
   return found
+
+
+def nothing_was_cut_before_the_limit(sweep, grown):
+  inside = [trials for k, trials in steps_of(sweep, grown).items() if grown.first <= k <= grown.last]
+  limit = GIVE_UP_FACTOR * grown.fewest
+  return all(steps is not None or most >= limit for trials in inside for steps, most in trials.values())
 
 
 @pytest.mark.parametrize("guess", [-6, 1, 9])
@@ -64,22 +70,21 @@ def test_a_lattice_ends_beyond_failing_rates_wherever_it_begins(guess, tmp_path,
   assert grown.fewest == pytest.approx(math.exp(min(means.values())))
   # Curvature between 0.05 and 1: rates above 2 are unstable, and the best is the largest that is not far from it.
   assert 0.5 < sweep.plan.base_learning_rate * 2 ** (grown.best / 2) < 2
-  for trials in found.values():
-    assert all(
-      steps is not None or most >= limit for steps, most in trials.values()
-    )  # nothing was cut before the limit
+  assert nothing_was_cut_before_the_limit(sweep, grown)
 
 
 def test_a_target_looked_for_too_rarely_or_cut_too_soon_is_done_again(tmp_path, workload):
-  """The target 0.0005 takes some 50 steps: expected at 1000 it would be looked for every 10; expected at 3, cut at 12."""
+  """Expected at 1000 steps the target would be looked for every 10; expected at half of its steps, trials would end at twice them."""
   near = dataclasses.replace(workload, target=workload.target._replace(goal=0.004))
-  sweep = make_sweep(tmp_path / "right", near)
-  right = _lay(sweep, SIZE, 4, Expected(30, 60), range(4))
-  for name, expected in (("rarely", Expected(1000, 2000)), ("soon", Expected(2, 1)), ("none", Expected(None, 1))):
-    again = _lay(make_sweep(tmp_path / name, near), SIZE, 4, expected, range(4))
+  right = _lay(make_sweep(tmp_path / "right", near), SIZE, 4, Expected(30, 60), range(4))
+  wrong = {"rarely": (1000, 2000), "soon": (2, right.fewest / 2), "before": (2, 1), "unknown": (None, 1)}
+  for name, expected in wrong.items():
+    sweep = make_sweep(tmp_path / name, near)
+    again = _lay(sweep, SIZE, 4, Expected(*expected), range(4))
     assert (again.every, again.best) == (1, right.best)
     assert again.fewest == pytest.approx(right.fewest)
     assert again.open == ()
+    assert nothing_was_cut_before_the_limit(sweep, again)
 
 
 def test_the_next_batch_size_begins_where_the_square_root_rule_leads(tmp_path, workload):

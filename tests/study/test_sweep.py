@@ -11,6 +11,7 @@ import pytest
 from bsjax.analysis.steps_to_result import steps_to_result, sweep_records
 from bsjax.records import read_records
 from bsjax.study import sweep as module
+from bsjax.study.steps import with_validation
 from bsjax.study.sweep import Sweep, run_sweep
 from bsjax.study.sweep_plan import (
   FIRST_FINAL_SEED,
@@ -282,3 +283,13 @@ def test_adaptive_optimizers_begin_at_their_own_rates():
   rates = [make_sweep_plan(workload, optimizer=name).base_learning_rate for name in ("momentum", "adam", "lars")]
   assert rates == [workload.preset.base_learning_rate, 0.003, 20.0]
   assert make_sweep_plan(workload, optimizer="adam", base_learning_rate=0.5).base_learning_rate == 0.5
+
+
+def test_the_target_may_be_looked_for_on_fewer_examples():
+  workload = load_workload("digits_mlp")
+  assert with_validation(workload, None) is workload
+  fewer = with_validation(workload, 100)
+  assert len(fewer.validation) == 100
+  for name, array in fewer.validation.arrays.items():
+    assert (array == workload.validation.arrays[name][:100]).all()
+  assert fewer.test is workload.test
