@@ -18,7 +18,16 @@ from typing import Any
 from absl import flags
 
 from bsjax.study import describe_environment, make_scaling_plan, run_command, run_scaling_study
-from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
+from bsjax.study.command import (
+  check_spread,
+  claim_folder,
+  define_plan_flag,
+  define_study_flags,
+  lane_plan,
+  numbers_flag,
+  study_options,
+  use_compilation_cache,
+)
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
@@ -49,6 +58,7 @@ _NUM_EPOCHS = flags.DEFINE_float(
 _NUM_STEPS = flags.DEFINE_integer(
   "num_steps", None, "steps that even the largest batches may make in that search", flag_values=_FLAGS
 )
+_PLAN = define_plan_flag(_FLAGS)
 
 
 def prepare(
@@ -59,6 +69,7 @@ def prepare(
   manual_dir: str | None = None,
   smoke: bool = False,
   trial_devices: int = 1,
+  plan: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
@@ -67,13 +78,18 @@ def prepare(
   if smoke:
     sizes = loaded.preset.batch_sizes
     given = {name: value for name, value in overrides.items() if value is not None}
-    overrides = {"batch_sizes": sizes[len(sizes) // 3 :][::2][:3]} | SMOKE | given
-  plan = make_scaling_plan(loaded, **overrides)
+    few = sizes[len(sizes) // 3 :: 2][:3] if len(sizes) > 3 else sizes
+    overrides = {"batch_sizes": few} | SMOKE | given
+  scaling_plan = make_scaling_plan(loaded, **overrides)
+  lanes = lane_plan(plan)
   mesh = make_mesh(trial=trial_devices)
+  check_spread(scaling_plan.batch_sizes, mesh)
   return claim_folder(
     out,
-    {"experiment": "scaling_rules"} | workload_settings(workload) | plan.__dict__,
-    lambda folder: run_scaling_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
+    {"experiment": "scaling_rules"} | workload_settings(workload) | scaling_plan.__dict__,
+    lambda folder: run_scaling_study(
+      loaded, scaling_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
+    ),
   )
 
 
@@ -94,6 +110,7 @@ def _prepare_from_flags() -> Callable[[], Path]:
     momentum=_MOMENTUM.value,
     num_epochs=_NUM_EPOCHS.value,
     num_steps=_NUM_STEPS.value,
+    plan=_PLAN.value,
   )
 
 

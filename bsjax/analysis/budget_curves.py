@@ -10,6 +10,8 @@ from bsjax.analysis.steps_to_result import sweep_records, trial_state
 from bsjax.records import Record
 
 Unit = Literal["steps", "epochs"]
+ROUNDING = 1e-9
+"""A budget of E epochs holds the step E N / B itself, though the product may come out a rounding below it."""
 
 
 class BudgetCurves(NamedTuple):
@@ -48,7 +50,7 @@ def budget_curves(study: dict, records: Sequence[Record], budgets: Sequence[floa
       if state == "infeasible" or not rows:
         continue
       steps, values = np.array(rows, float).T
-      seen = np.searchsorted(steps, limits, side="right")  # rows within each budget
+      seen = np.searchsorted(steps, limits * (1 + ROUNDING), side="right")  # rows within each budget
       whole = (seen > 0) & ((state == "complete") | (limits <= steps[-1]))
       running = np.maximum.accumulate(values)
       best[whole, column] = np.fmax(best[whole, column], running[seen[whole] - 1])

@@ -214,7 +214,8 @@ def _budget_series(sweeps: Sweeps, curves: Mapping[str, SweepCurve]) -> dict[str
   if name:
     study, records = sweeps[name]
     curve = curves[name]
-    needed = {"steps": curve.steps, "epochs": curve.steps * curve.batch_sizes / study["train_size"]}
+    steps = np.rint(curve.steps)  # they were averaged in log
+    needed = {"steps": steps, "epochs": steps * curve.batch_sizes / study["train_size"]}
     for unit, needs in needed.items():
       budgets = np.geomspace(needs.min(), needs.max(), NUM_BUDGETS)
       found = budget_curves(study, records, budgets.tolist(), unit=unit)  # type: ignore[arg-type]

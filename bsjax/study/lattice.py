@@ -27,9 +27,8 @@ from bsjax.study.sweep_plan import (
   QUANTISATION,
   fine_every,
   pilot_every,
-  sweep_hparams,
 )
-from bsjax.train import make_trial, run_trials
+from bsjax.train import Plan as LanePlan
 from bsjax.types import Hparams
 
 REACH = 2
@@ -112,19 +111,23 @@ def _point(sweep: Sweep, k: int) -> dict[str, float]:
 
 
 def _lay(sweep: Sweep, size: int, guess: int, expected: Expected, seeds: Sequence[int]) -> Grown:
-  """Grows a lattice, again if it turns out that the steps were expected wrongly."""
+  """Grows a lattice, again if it turns out that the steps were expected wrongly.
+
+  No trial takes more than `GIVE_UP_FACTOR` budgets: where most seeds fail even at the best rate, these count in its mean steps.
+  """
   budget = sweep.budget(size)
+  longest = GIVE_UP_FACTOR * budget
   grown = None
   for _ in range(MOST_ATTEMPTS):
     every = fine_every(None if expected.fewest is None else math.floor(expected.fewest), budget)
-    most = budget if expected.most is None else math.ceil(GIVE_UP_FACTOR * expected.most)
+    most = budget if expected.most is None else min(longest, math.ceil(GIVE_UP_FACTOR * expected.most))
     grown = _grow(sweep, size, guess, every, most, seeds)
     if grown.fewest is None:
       if most >= budget:
         break
       expected = Expected(expected.fewest, None)
       continue
-    if (every == 1 or every <= QUANTISATION * grown.fewest) and most >= GIVE_UP_FACTOR * grown.fewest:
+    if (every == 1 or every <= QUANTISATION * grown.fewest) and most >= min(longest, GIVE_UP_FACTOR * grown.fewest):
       break
     guess, expected = (
       grown.best if grown.best is not None else guess,
@@ -236,16 +239,8 @@ def _measure_noise(sweep: Sweep, size: int, grown: Grown, measurements: NoiseMea
   config = dataclasses.replace(
     config, stop_at_target=False, probes=("noise",), probe_steps=noise_steps(config.num_steps, grown.every)
   )
-  hparams = sweep_hparams(sweep.plan, _point(sweep, grown.best), config.num_steps, batch_size=size)
-  run_trials(
-    sweep.workload,
-    [make_trial(config, hparams, 0)],
-    sweep.folder,
-    mesh=sweep.mesh,
-    probe=measurements,
-    provenance={"kind": NOISE_KIND} | sweep.provenance,
-    on_progress=lambda steps: sweep.progress.advance(config, steps),
-  )
+  alone = sweep._replace(lane_plan=LanePlan())
+  alone.run(config, [_point(sweep, grown.best)], [0], NOISE_KIND, probe=measurements)
 
 
 def carry_adam(sweep: Sweep, lattices: dict[str, Any], *, seeds: int) -> dict[str, str]:

@@ -17,14 +17,16 @@ from bsjax.study.lattice import carry_adam, lay_lattices
 from bsjax.study.measure_noise import NoiseMeasurements
 from bsjax.study.plan import workload_facts
 from bsjax.study.sweep import Sweep
-from bsjax.study.sweep_plan import GIVE_UP_FACTOR, QUANTISATION, SweepPlan, make_sweep_plan
+from bsjax.study.sweep_plan import FIRST_FINAL_SEED, GIVE_UP_FACTOR, QUANTISATION, SweepPlan, make_sweep_plan
 from bsjax.study.sweep_progress import SweepProgress
+from bsjax.train import Plan as LanePlan
 from bsjax.workloads import Workload
 
 DEFAULT_OPTIMIZERS = ("sgd", "momentum", "adam")
-LEAST_SEEDS, MOST_SEEDS = 4, 100
 RATES_EXPECTED = 10
 """Rates of a typical lattice, for the progress bar."""
+LEAST_SEEDS, MOST_SEEDS = 4, FIRST_FINAL_SEED // 2 // RATES_EXPECTED
+"""Seeds of a rate: two halves of two, and no more than what a sweep's plan counts as its trials."""
 HEAVY_BALL = ("momentum", "momentum_absorbed", "nesterov", "nesterov_absorbed", "sam")
 """Optimizers whose steps add up to 1 / (1 - momentum) times the rate: their lattice begins that much lower."""
 
@@ -33,7 +35,8 @@ HEAVY_BALL = ("momentum", "momentum_absorbed", "nesterov", "nesterov_absorbed", 
 class ScalingPlan:
   """A study of scaling rules, as plain numbers and names; two with equal plans give equal records.
 
-  The target is looked for in at most `num_epochs` epochs or `num_steps` steps, whichever is more.
+  Batch sizes ascend. Where nothing is known yet, the target is looked for in at most `num_epochs` epochs or `num_steps` steps, whichever
+  is more; trials at other rates than the best end at `GIVE_UP_FACTOR` times its steps, be it beyond.
   """
 
   batch_sizes: tuple[int, ...]
@@ -53,7 +56,7 @@ def make_scaling_plan(workload: Workload, **overrides: object) -> ScalingPlan:
   """
   given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
   sweep = make_sweep_plan(workload)
-  sizes = tuple(given.get("batch_sizes", sweep.batch_sizes))
+  sizes = tuple(sorted(given.pop("batch_sizes", sweep.batch_sizes)))
   plan = ScalingPlan(
     batch_sizes=sizes,
     optimizers=DEFAULT_OPTIMIZERS,
@@ -75,6 +78,8 @@ def make_scaling_plan(workload: Workload, **overrides: object) -> ScalingPlan:
 def _check(plan: ScalingPlan) -> None:
   if len(plan.batch_sizes) < 2:
     raise ValueError(f"--batch_sizes has {len(plan.batch_sizes)}, wanted at least 2: rates are carried between them")
+  if len(set(plan.batch_sizes)) < len(plan.batch_sizes):
+    raise ValueError(f"--batch_sizes={','.join(map(str, plan.batch_sizes))}, wanted each once")
   if not plan.optimizers:
     raise ValueError(f"--optimizers is empty, wanted some of {', '.join(OPTIMIZERS)}")
   for name in plan.optimizers:
@@ -84,6 +89,8 @@ def _check(plan: ScalingPlan) -> None:
     raise ValueError(
       f"--seeds={plan.seeds}, wanted {LEAST_SEEDS} to {MOST_SEEDS}: rates are chosen on all but one and judged on it"
     )
+  if not 0 <= plan.momentum < 1:
+    raise ValueError(f"--momentum={plan.momentum:g}, wanted 0 <= momentum < 1")
   if plan.reference_batch_size not in plan.batch_sizes:
     raise ValueError(
       f"--reference_batch_size={plan.reference_batch_size}, wanted one of the batch sizes {', '.join(map(str, plan.batch_sizes))}"
@@ -108,7 +115,13 @@ def sweep_plan_of(plan: ScalingPlan, workload: Workload, optimizer: str) -> Swee
 
 
 def run_scaling_study(
-  workload: Workload, plan: ScalingPlan, out: Path, *, mesh: Mesh, environment: dict[str, Any]
+  workload: Workload,
+  plan: ScalingPlan,
+  out: Path,
+  *,
+  mesh: Mesh,
+  environment: dict[str, Any],
+  lane_plan: LanePlan | None = None,
 ) -> Path:
   """Runs the study into `out` and returns the path of the report.
 
@@ -116,6 +129,7 @@ def run_scaling_study(
     out: a folder claimed by `open_folder`; trials go to `out/scaling_rules/`, results beside it.
     mesh: axes "trial" and "data".
     environment: versions, device, code revision and command line; shown in the report and kept in every `trial.json`.
+    lane_plan: how many trials run side by side and in turn; None: the fastest.
 
   Holds: whatever is complete on disk is not computed again.
   """
@@ -127,7 +141,7 @@ def run_scaling_study(
   downwards = dataclasses.replace(plans[plan.optimizers[0]], batch_sizes=plan.batch_sizes[::-1])
   with SweepProgress(workload, downwards, sweeps=plan.optimizers, full_trials=1) as progress:
     for optimizer, sweep_plan in plans.items():
-      sweep = Sweep(workload, sweep_plan, folder, mesh, environment, progress, optimizer)
+      sweep = Sweep(workload, sweep_plan, folder, mesh, environment, progress, optimizer, lane_plan)
       lattices[optimizer] = lay_lattices(sweep, seeds=plan.seeds, measurements=measurements)
       if optimizer == ADAM:
         skipped = carry_adam(sweep, lattices[optimizer], seeds=plan.seeds)

@@ -35,6 +35,19 @@ def test_an_epoch_buys_fewer_steps_of_a_larger_batch():
   assert curves.best[0] == pytest.approx([accuracy(120, 800), accuracy(30, 800)])
 
 
+def test_a_budget_holds_the_very_step_it_was_computed_from():
+  """At train sizes like 1,000 a step times B / N times N / B may come out below the step."""
+  study = STUDY | {"train_size": 1000}
+  sizes, steps = (3, 7, 11), range(10, 200, 10)
+  assert any(step * size / 1000 * (1000 / size) < step for size in sizes for step in steps)  # so it does here
+  for size in sizes:
+    small = simulate_sweep.make_study((size,), num_steps=lambda _: 400, every=lambda _: 10, num_trials=1) | study
+    small |= {"sweep": {str(size): STUDY["sweep"]["8"]}, "batch_sizes": [size]}
+    record = simulate_sweep.trial_record(small, size, 0, 800)
+    found = budget_curves(small, [record], [step * size / 1000 for step in steps], unit="epochs")
+    assert found.best[:, 0] == pytest.approx([accuracy(step, 800) for step in steps])
+
+
 def test_the_best_value_is_not_the_last_one():
   record = simulate_sweep.trial_record(STUDY, 8, 0, 800)
   record.metrics[20]["validation_accuracy"] = 0.965
