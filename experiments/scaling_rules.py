@@ -6,7 +6,7 @@ At every batch size and for every optimizer, measures the steps to the target on
 down to rates that fail on either side. Then carries the best rate of every batch size to every other by every rule, and
 compares the steps with those at the best rate there: the regret, with its interval, chosen on some seeds and judged on
 others. Judges the claim that no rule fits all: OUT/report.html, OUT/claims.json, OUT/results.csv. Run it again to
-continue after a kill. digits_mlp takes about 6 minutes on two CPU cores. Expected there: the noise scale's rule loses
+continue after a kill. digits_mlp takes about 5 minutes on one CPU core. Expected there: the noise scale's rule loses
 least on average, and no rule fits everywhere.
 """
 

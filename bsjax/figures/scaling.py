@@ -75,11 +75,12 @@ def draw_no_rule_fits_all(finding: Finding) -> Figure:
       LEAST_LOSS, color=style.MUTED, linestyle="--", linewidth=1, label=f"{LEAST_LOSS:g}: a fifth more steps"
     )
     _ratio_axis(axes, factor)
-    _regret_axis(axes, lowest=float(np.nanmin(regret)), limit=limit)
+    _regret_axis(axes, lowest=float(np.nanmin(low)), limit=limit)
     here = pairs[(optimizer == name) & (rule == RULES[0])]
+    counts = "–".join(f"{count:.0f}" for count in sorted({here.min(), here.max()}))
     style.describe(
       axes,
-      caption=f"{name}: mean over {here.min():.0f}–{here.max():.0f} pairs a ratio, 95 % bands",
+      caption=f"{name}: means, 95 % bands; pairs at each ratio: {counts}",
       x_label="new batch size b / old batch size b₀",
       y_label="steps / steps at the best rate (log scale)" if axes is panels[0] else "",
     )

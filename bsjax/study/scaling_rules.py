@@ -26,7 +26,7 @@ DEFAULT_OPTIMIZERS = ("sgd", "momentum", "adam")
 RATES_EXPECTED = 10
 """Rates of a typical lattice, for the progress bar."""
 LEAST_SEEDS, MOST_SEEDS = 4, FIRST_FINAL_SEED // 2 // RATES_EXPECTED
-"""Seeds of a rate: two halves of two, and no more than what a sweep's plan counts as its trials."""
+"""Seeds of a rate: enough to resample, and no more than a sweep may have trials."""
 HEAVY_BALL = ("momentum", "momentum_absorbed", "nesterov", "nesterov_absorbed", "sam")
 """Optimizers whose steps add up to 1 / (1 - momentum) times the rate: their lattice begins that much lower."""
 

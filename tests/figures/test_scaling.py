@@ -39,6 +39,14 @@ def test_one_optimizer_alone_and_sizes_that_are_no_powers_of_two(name):
   assert_draws_cleanly(DRAW[name], judge_no_rule_fits_all(*simulate(bent(16), noise=0.1, sizes=(3, 10, 70))))
 
 
+def test_two_batch_sizes_have_one_pair_at_each_ratio_and_whole_bands():
+  figure = DRAW["no_rule_fits_all"](finding := judge_no_rule_fits_all(*simulate(bent(16), noise=0.4, sizes=(4, 16))))
+  (axes,) = figure.axes
+  assert axes.get_title(loc="left").endswith("pairs at each ratio: 1")
+  assert 0.95 * 0.8 > np.nanmin(finding.series["curve_low"]) > axes.get_ylim()[0]
+  assert_draws_cleanly(DRAW["no_rule_fits_all"], finding)
+
+
 @pytest.mark.parametrize("name", DRAW)
 @pytest.mark.parametrize("keep_keys", [True, False])
 def test_without_data_the_figure_says_why(name, keep_keys, finding):
@@ -62,6 +70,9 @@ def test_every_rule_is_a_line_of_its_regrets_through_one(finding):
     low, high = (series_of(finding, "curve_", end, optimizer=optimizer, rule="none") for end in ("low", "high"))
     heights = bands[0].get_paths()[0].vertices[:, 1]
     assert {*low.tolist(), *high.tolist(), 1.0} == set(heights)
+    assert axes.get_title(loc="left").endswith("pairs at each ratio: 1–4")  # five sizes: 1 pair at 256, 4 at 4
+  lowest = min(np.nanmin(finding.series["curve_low"]), 0.8)
+  assert all(axes.get_ylim()[0] <= lowest for axes in figure.axes)  # no band is cut
 
 
 def test_the_map_has_a_cell_for_each_rate_that_arrives_and_a_cross_elsewhere(finding):

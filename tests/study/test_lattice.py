@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bsjax.records import read_records
 from bsjax.study import lattice as module
-from bsjax.study.lattice import Expected, Grown, _guess, _lay, _open_sides, noise_steps
+from bsjax.study.lattice import Expected, Grown, _guess, _lay, _open_sides, carry_adam, noise_steps
 from bsjax.study.scaling_rules import make_scaling_plan, sweep_plan_of
 from bsjax.study.sweep import Sweep
-from bsjax.study.sweep_plan import GIVE_UP_FACTOR
+from bsjax.study.sweep_plan import GIVE_UP_FACTOR, GUESSED_RATES
 from bsjax.study.sweep_progress import SweepProgress
 from bsjax.train import make_mesh
 from bsjax.workloads import load_workload
@@ -85,6 +86,52 @@ def test_a_target_looked_for_too_rarely_or_cut_too_soon_is_done_again(tmp_path, 
     assert again.fewest == pytest.approx(right.fewest)
     assert again.open == ()
     assert nothing_was_cut_before_the_limit(sweep, again)
+
+
+def test_no_trial_takes_more_than_four_budgets(tmp_path, workload):
+  sweep = make_sweep(tmp_path / "run", workload, num_steps=24, num_epochs=0.01)
+  assert sweep.budget(SIZE) == 24
+  grown = _lay(sweep, SIZE, 2, Expected(10, 10_000), range(4))
+  lengths = {record.trial["config"]["num_steps"] for record in read_records(sweep.folder)}
+  assert max(lengths) == 4 * 24
+  assert grown.fewest < 24
+  assert nothing_was_cut_before_the_limit(sweep, grown)
+
+
+@pytest.mark.parametrize("reference", ["not reached: made up", ""])
+def test_adams_rule_is_carried_only_where_there_is_something_to_compare(reference, tmp_path, workload):
+  """At the reference, 32, a best rate or none; at 128 a lattice; at 64 none; 2,000 is beyond what betas allow."""
+  sizes = (SIZE, 64, 128, 2000)
+  plan = make_scaling_plan(workload, batch_sizes=sizes[:3], optimizers=("adam",), seeds=4, reference_batch_size=SIZE)
+  sweep_plan = dataclasses.replace(sweep_plan_of(plan, workload, "adam"), batch_sizes=sizes)
+  trained = []
+  sweep = SimpleNamespace(plan=sweep_plan, config=lambda *given: given, run=lambda *given: trained.append(given))
+  lattices = {
+    str(size): {"best_learning_rate": 0.01, "fewest_steps": 9.3, "eval_every": 2, "reason": ""} for size in sizes
+  }
+  lattices["64"] |= {"best_learning_rate": None, "reason": "every trial diverged"}
+  lattices[str(SIZE)] |= {"reason": reference} | ({"best_learning_rate": None} if reference else {})
+  skipped = carry_adam(sweep, lattices, seeds=4)
+  assert skipped["64"] == "every trial diverged"
+  if reference:
+    assert skipped["128"] == skipped["2000"] == "no best rate at batch size 32"
+    assert trained == []
+    return
+  assert sorted(skipped) == ["2000", "64"]
+  ((config, points, seeds, kind),) = trained
+  assert config == (128, 38, 2)  # four times 9.3 steps, rounded up
+  assert points == [pytest.approx(points[0])] * 4
+  # Four times the batch: the rate times 2, 1 - beta times 4, epsilon over 2 (Malladi et al., 2022).
+  assert points[0] == pytest.approx({"learning_rate": 0.02, "momentum": 0.6, "beta2": 0.996, "epsilon": 5e-9})
+  assert (list(seeds), kind) == ([0, 1, 2, 3], "adam_sqrt")
+
+
+def test_batch_sizes_ascend_and_heavy_balls_begin_lower(workload):
+  plan = make_scaling_plan(workload, batch_sizes=(128, 8, 32), momentum=0.75)
+  assert plan.batch_sizes == (8, 32, 128)
+  rates = {name: sweep_plan_of(plan, workload, name).base_learning_rate for name in plan.optimizers}
+  guess = workload.preset.base_learning_rate
+  assert rates == {"sgd": guess, "momentum": guess / 4, "adam": GUESSED_RATES["adam"]}
 
 
 def test_the_next_batch_size_begins_where_the_square_root_rule_leads(tmp_path, workload):

@@ -1,6 +1,7 @@
 """A sweep: what it trains does not depend on interruptions, cutting trials changes no minimum, edges are left, misses are told."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from bsjax.analysis.steps_to_result import steps_to_result, sweep_records
 from bsjax.records import read_records
+from bsjax.study import steps as steps_module
 from bsjax.study import sweep as module
 from bsjax.study.steps import with_validation
 from bsjax.study.sweep import Sweep, run_sweep
@@ -155,6 +157,7 @@ def test_targets_are_looked_for_finely_enough(whole):
     pilot = of(folder, "pilot", size)
     lengths = {record.trial["config"]["num_steps"] for record in pilot}
     assert len(pilot) == 8 * len(lengths)
+    assert min(lengths) < description["sweep"][str(size)]["num_steps"] / 8  # a sixteenth of the budget comes first
     reached = {record.trial["config"]["num_steps"] for record in pilot if sweep.steps(record)}
     assert reached == {max(lengths)}  # it went on until one arrived, and no further
 
@@ -293,3 +296,63 @@ def test_the_target_may_be_looked_for_on_fewer_examples():
   for name, array in fewer.validation.arrays.items():
     assert (array == workload.validation.arrays[name][:100]).all()
   assert fewer.test is workload.test
+
+
+@pytest.fixture
+def copied(whole, tmp_path) -> tuple[Sweep, dict]:
+  """The whole sweep, in a folder of its own."""
+  folder, sweep, description = whole
+  shutil.copytree(folder, tmp_path / "copy")
+  return sweep._replace(folder=tmp_path / "copy"), description
+
+
+def test_quality_is_tried_from_the_fastest_point_to_the_slowest_that_arrived(whole):
+  _, sweep, description = whole
+  records = sweep_records(description, read_records(sweep.folder), 32)
+  ranked = sorted((steps, r.trial["seed"]) for r in records if (steps := sweep.steps(r)) is not None)
+  points, seeds = steps_module._spread(sweep, description, 32, 5)
+  places = [[seed for _, seed in ranked].index(seed) for seed in seeds]
+  assert places[0] == 0
+  assert places[-1] == len(ranked) - 1
+  assert len(places) == 5
+  assert max(b - a for a, b in itertools.pairwise(places)) - min(b - a for a, b in itertools.pairwise(places)) <= 1
+  rates = {r.trial["seed"]: r.trial["hparams"]["learning_rate"] for r in records}
+  assert [point["learning_rate"] for point in points] == [rates[seed] for seed in seeds]
+  assert len(steps_module._spread(sweep, description, 32, 1)[0]) == 1
+  assert len(steps_module._spread(sweep, description, 32, 10**6)[0]) == len(ranked)
+
+
+def test_the_best_point_is_judged_at_fresh_seeds_whichever_it_is(copied, monkeypatch):
+  sweep, description = copied
+  monkeypatch.setattr(steps_module, "best_quality", lambda study, records: len(records) - 1)
+  with SweepProgress(sweep.workload, sweep.plan) as progress:
+    steps_module._measure_quality(sweep._replace(progress=progress), description, 3)
+  for size in SIZES:
+    tried, judged = of(sweep.folder, "quality", size), of(sweep.folder, "quality_final", size)
+    _, seeds = steps_module._spread(sweep, description, size, 3)
+    last = next(record for record in tried if record.trial["seed"] == seeds[-1])
+    assert [record.trial["seed"] for record in judged] == [FIRST_FINAL_SEED, FIRST_FINAL_SEED + 1]
+    assert all(r.trial["hparams"]["learning_rate"] == last.trial["hparams"]["learning_rate"] for r in judged)
+    budget = description["sweep"][str(size)]["num_steps"]
+    assert all(record.metrics[-1]["step"] >= budget for record in (*tried, *judged))
+    assert all(row["probe"] == "test" for record in judged for row in record.probes)
+    assert all(0 < len(record.probes) <= 32 for record in judged)
+
+
+def test_where_no_trial_arrived_no_quality_is_measured(copied):
+  sweep, description = copied
+  target = sweep.workload.target._replace(goal=-1.0)
+  beyond = sweep._replace(workload=dataclasses.replace(sweep.workload, target=target))
+  with SweepProgress(sweep.workload, sweep.plan) as progress:
+    steps_module._measure_quality(beyond._replace(progress=progress), description, 3)
+  assert not of(sweep.folder, "quality", 32)
+
+
+def test_a_trial_that_diverged_is_never_the_nearest(whole):
+  """Though it came nearer to the target than any other before it did."""
+  folder, sweep, description = whole
+  records = sweep_records(description, read_records(folder), 32)
+  alive = [records[0]._replace(metrics=[{"step": 1, sweep.workload.target.metric: 5.0}])]
+  dead = records[1]._replace(metrics=[{"step": 1, sweep.workload.target.metric: 1.0}], status={"state": "diverged"})
+  assert module._nearest(sweep, [dead, *alive]) == 1
+  assert module._nearest(sweep, [dead]) is None
