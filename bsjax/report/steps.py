@@ -54,17 +54,14 @@ def _answer(sweeps: Sweeps) -> str:
     fewest, sizes = int(np.argmin(curve.steps)), curve.batch_sizes
     least = f" and {curve.steps[fewest]:,.0f} at {sizes[fewest]:,}" if fewest else ", the fewest of all"
     until = curve.perfect_until.value if curve.fit.reason else curve.fit_perfect_until.value
-    limit = (
-      f"at all sizes tested, up to {sizes[-1]:,}"
+    scaling = (
+      f"no batch size tested takes over 20 % more examples, up to {sizes[-1]:,}"
       if not math.isfinite(until)
-      else f"up to about {format_number(until)}"
+      else f"larger batches take no more than 20 % more examples up to about {format_number(until)}"
       if until > sizes[0]
-      else "nowhere"
+      else f"even batch size {sizes[0]:,} takes over 20 % more examples than very small ones would"
     )
-    sentences.append(
-      f"With {name} it takes {curve.steps[0]:,.0f} steps at batch size {sizes[0]:,}{least}; larger batches take no more than 20 % more "
-      f"examples {limit}."
-    )
+    sentences.append(f"With {name} it takes {curve.steps[0]:,.0f} steps at batch size {sizes[0]:,}{least}; {scaling}.")
   return " ".join(sentences)
 
 

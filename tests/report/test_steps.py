@@ -71,6 +71,12 @@ def test_the_answer_tells_the_steps_and_how_far_scaling_is_perfect(page, sweeps)
   assert "until validation accuracy was at least 0.97" in page.lead
 
 
+def test_a_curve_that_begins_bent_says_so():
+  study, records = swept("sgd", critical=4.0)
+  answer = steps_page(STUDY, {"sgd": SweepRecords(study | PLANNED, records)}, []).answer
+  assert "even batch size 1 takes over 20 % more examples than very small ones would" in answer
+
+
 def test_the_curve_table_holds_the_fit(page, sweeps):
   curve = fit_sweep(steps_by_batch_size(*sweeps["momentum"]))
   rows = {row[0]: row for row in page.tables[0].rows}
