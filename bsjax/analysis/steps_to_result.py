@@ -150,7 +150,7 @@ def steps_to_train_loss(
     by hand), and the run of the rate grid with the fewest steps counts. The paper tests one rate a run, here a trial is any point.
   """
   target = {"metric": SMOOTHED, "goal": goal, "direction": "min"}
-  smoothed = [_with_smoothed_loss(record, smoothing) for record in records]
+  smoothed = [_with_smoothed_loss(record, smoothing) for record in records if record.trial.get("kind") == "sweep"]
   return [_fewest(study, smoothed, size, target, "mccandlish") for size in _sizes(study)]
 
 

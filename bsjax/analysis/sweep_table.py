@@ -34,6 +34,7 @@ def sweep_table(sweeps: Sweeps) -> list[dict[str, Any]]:
     }
     for optimizer, (study, records) in sweeps.items()
     for record in sorted(records, key=_place)
+    if record.trial["kind"] != "timing"
   ]
 
 

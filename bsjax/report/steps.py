@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from bsjax.analysis import Finding, SweepRecords
+from bsjax.analysis.claims_rate import throughput_points
 from bsjax.analysis.claims_steps import Sweeps
 from bsjax.analysis.finite_trials import check_final_seeds, tuning_bias
 from bsjax.analysis.fits import Interval
 from bsjax.analysis.steps_to_result import StepsToResult, matching_train_goal, steps_to_result, steps_to_train_loss
 from bsjax.analysis.sweep_curves import fit_sweep, steps_by_batch_size
 from bsjax.analysis.sweep_rates import rate_curve
+from bsjax.records import Record
 from bsjax.report.experiment import Page, Table
 from bsjax.report.numbers import format_number
 from bsjax.report.page import split_sizes
@@ -133,6 +135,7 @@ def _sizes_table(name: str, sweep: SweepRecords) -> Table:
   by_loss = {} if goal is None else {r.batch_size: r for r in steps_to_train_loss(study, records, goal=goal)}
   checks = {check.batch_size: check for check in check_final_seeds(study, records, results)}
   searched = sorted({name for entry in study["sweep"].values() for name in entry["space"]})
+  seconds = _step_seconds(records)
   rows = []
   for r in results:
     check, loss = checks.get(r.batch_size), by_loss.get(r.batch_size)
@@ -141,6 +144,7 @@ def _sizes_table(name: str, sweep: SweepRecords) -> Table:
         r.batch_size,
         r.steps if r.steps is not None else _miss(r),
         None if r.steps is None else r.steps * r.batch_size,
+        None if r.steps is None or r.batch_size not in seconds else r.steps * seconds[r.batch_size],
         f"{100 * r.quantisation:.1f} %" if r.steps else None,
         None if check is None else check.reason or _triple(check.ratio),
         None if loss is None else loss.steps,
@@ -151,7 +155,8 @@ def _sizes_table(name: str, sweep: SweepRecords) -> Table:
     )
   loss_words = "" if goal is None else f" (at most {format_number(goal)}, smoothed)"
   return Table(
-    f"{name}: the fewest steps to the target by Shallue's rule, how finely they were looked for, what {len(study['final_seeds'])} fresh "
+    f"{name}: the fewest steps to the target by Shallue's rule, the seconds that one trial alone takes for them here, how finely they "
+    f"were looked for, what {len(study['final_seeds'])} fresh "
     f"seeds of the best trial "
     f"needed relative to it, and the fewest steps to a training loss{loss_words} by McCandlish's rule; the best trial's hyperparameters "
     f"and the edges it sits "
@@ -160,6 +165,7 @@ def _sizes_table(name: str, sweep: SweepRecords) -> Table:
       "B",
       "Steps",
       "Examples",
+      "Seconds",
       "Looked for every",
       "Fresh seeds / best",
       "Steps, training loss",
@@ -169,6 +175,14 @@ def _sizes_table(name: str, sweep: SweepRecords) -> Table:
     ),
     rows,
   )
+
+
+def _step_seconds(records: Sequence[Record]) -> dict[int, float]:
+  """Return the median seconds of a step at each batch size that was timed."""
+  found: dict[int, list[float]] = {}
+  for size, _, _, per_step in throughput_points(records):
+    found.setdefault(size, []).append(per_step)
+  return {size: float(np.median(values)) for size, values in found.items()}
 
 
 def _miss(result: StepsToResult) -> str:

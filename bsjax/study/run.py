@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from bsjax.analysis import advise, judge_all, results_table
-from bsjax.records import Record, append_rows, create_trial, read_record, read_records, set_status, trial_id, write_json
+from bsjax.records import Record, read_record, read_records, write_json
 from bsjax.report import write_report
 from bsjax.study.measure import Measurements
 from bsjax.study.plan import Plan, budget_steps, first_rates, make_config, make_hparams, workload_facts
 from bsjax.study.progress import NOISE, TIMING, Progress
-from bsjax.study.timing import time_steps
+from bsjax.study.timing import record_timing
 from bsjax.study.tune import tune_rate
 from bsjax.train import TrialConfig, make_trial, run_trials
 from bsjax.workloads import Workload
@@ -151,12 +151,7 @@ def _time_steps(study: _Study, tuned: dict[str, Any]) -> None:
     rate = tuned[str(batch_size)]["learning_rate"] or study.plan.base_learning_rate
     config = dataclasses.replace(study.config("steps", batch_size), num_steps=1, eval_every=1, warmup="none")
     trial = make_trial(config, make_hparams(dataclasses.replace(study.plan, warmup_fraction=0.0), config, rate), 0)
-    description = {"kind": "timing"} | trial.description
-    folder = study.folder / trial_id(description)
-    if not (folder / "status.json").exists() or read_record(folder).status["state"] != "complete":
-      create_trial(folder, {"id": folder.name} | description | study.provenance)
-      append_rows(folder / "metrics.jsonl", time_steps(study.workload, config, trial.hparams))
-      set_status(folder, "complete")
+    record_timing(study.workload, trial, study.folder, study.provenance)
     study.progress.timed()
 
 

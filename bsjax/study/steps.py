@@ -22,10 +22,21 @@ from bsjax.records import read_records, write_json
 from bsjax.report import steps_page, write_experiment
 from bsjax.study.measure import metrics_of
 from bsjax.study.plan import workload_facts
-from bsjax.study.sweep import Sweep, run_sweep
-from bsjax.study.sweep_plan import FIRST_FINAL_SEED, SweepPlan, make_sweep_plan, pilot_every
+from bsjax.study.space import draw_points
+from bsjax.study.sweep import SPACE_SEED, Sweep, run_sweep
+from bsjax.study.sweep_plan import (
+  FIRST_FINAL_SEED,
+  SweepPlan,
+  make_sweep_plan,
+  pilot_every,
+  space_of,
+  sweep_config,
+  sweep_hparams,
+)
 from bsjax.study.sweep_progress import SweepProgress
+from bsjax.study.timing import record_timing
 from bsjax.train import Plan as LanePlan
+from bsjax.train import make_trial
 from bsjax.types import Hparams
 from bsjax.workloads import Workload
 
@@ -109,9 +120,20 @@ def run_steps_study(
       description = run_sweep(sweep)
       if plan.quality_trials:
         _measure_quality(sweep, description, plan.quality_trials)
+      _time_steps(sweep)
       described[optimizer] = description | {"quality_trials": plan.quality_trials}
   description = workload_facts(workload) | {"target": workload.target._asdict(), "optimizers": described}
   return report_steps_study(description, folder, out, environment=environment)
+
+
+def _time_steps(sweep: Sweep) -> None:
+  """Measures what a step of every batch size takes on this machine, one trial by itself: steps to result become seconds to result."""
+  plan = dataclasses.replace(sweep.plan, warmup="none", warmup_fraction=0.0)
+  for batch_size in plan.batch_sizes:
+    config = sweep_config(plan, sweep.workload, batch_size=batch_size, num_steps=1, every=1)
+    (point,) = draw_points(space_of(plan, batch_size), 1, seed=SPACE_SEED)
+    hparams = sweep_hparams(plan, point, 1, batch_size=batch_size)
+    record_timing(sweep.workload, make_trial(config, hparams, 0), sweep.folder, sweep.provenance)
 
 
 def _measure_quality(sweep: Sweep, description: dict[str, Any], num_trials: int) -> None:

@@ -1,13 +1,15 @@
 """The time of one training step on this machine."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bsjax.data import segment_indices
-from bsjax.train import ORDER_STREAM, TrainState, TrialConfig, init_state, make_step, stream
+from bsjax.records import append_rows, create_trial, read_record, set_status, trial_id
+from bsjax.train import ORDER_STREAM, TrainState, Trial, TrialConfig, init_state, make_step, stream
 from bsjax.types import Array, Batch, Hparams
 from bsjax.workloads import Workload
 
@@ -66,3 +68,13 @@ def time_steps(workload: Workload, config: TrialConfig, hparams: Hparams) -> lis
       }
     )
   return rows
+
+
+def record_timing(workload: Workload, trial: Trial, folder: Path, provenance: dict[str, Any]) -> None:
+  """Times the steps of a trial's configuration into a record of kind "timing" below `folder`, once: a finished one is kept on a rerun."""
+  description = {"kind": "timing"} | trial.description
+  path = folder / trial_id(description)
+  if not (path / "status.json").exists() or read_record(path).status["state"] != "complete":
+    create_trial(path, {"id": path.name} | description | provenance)
+    append_rows(path / "metrics.jsonl", time_steps(workload, trial.config, trial.hparams))
+    set_status(path, "complete")

@@ -9,6 +9,7 @@ from bsjax.analysis.claims_steps import SweepRecords
 from bsjax.analysis.steps_to_result import steps_to_result
 from bsjax.analysis.sweep_curves import fit_sweep, steps_by_batch_size
 from bsjax.analysis.sweep_table import sweep_table
+from bsjax.records import Record
 from bsjax.report import steps_page
 from tests.analysis.simulate_sweep import FINAL_SEEDS, TARGET, trial_record
 from tests.analysis.test_claims_steps import SIZES, swept
@@ -38,6 +39,17 @@ PLANNED = {
 }
 
 
+def timing(size, seconds) -> Record:
+  """Five repeats, one of them disturbed."""
+  rows = [
+    {"step": i, "repeat": i, "seconds_per_step": seconds * (9 if i == 2 else 1), "examples_per_second": size / seconds}
+    for i in range(5)
+  ]
+  config = {"batch_size": size, "num_steps": 1, "eval_every": 1}
+  trial = {"kind": "timing", "config": config, "hparams": {}, "seed": 0}
+  return Record(f"timing-{size}", trial, {"state": "complete"}, rows, [])
+
+
 @pytest.fixture(scope="module")
 def sweeps():
   """sgd never reached the target at the largest batch size, and sits on an edge at 4."""
@@ -48,6 +60,7 @@ def sweeps():
     trial_record(study, 1, seed, 1.25 * best.steps, kind="final", rate=best.hparams["learning_rate"], momentum=0.0)
     for seed in FINAL_SEEDS
   ]
+  records += [timing(size, 1e-3 * size) for size in SIZES[:-2]]
   momentum = swept("momentum", critical=128.0, seed=1)
   return {
     "sgd": SweepRecords(study | PLANNED, records),
@@ -99,6 +112,9 @@ def test_every_batch_size_has_its_row(page, sweeps):
   assert [row[1] for row in table.rows[:-1]] == [r.steps for r in results[:-1]]
   assert [row[2] for row in table.rows[:-1]] == [r.steps * r.batch_size for r in results[:-1]]
   assert table.rows[-1][2] is None
+  seconds = [row[table.header.index("Seconds")] for row in table.rows]
+  assert seconds[:-2] == pytest.approx([1e-3 * r.batch_size * r.steps for r in results[:-2]])
+  assert seconds[-2:] == [None, None]  # one was not timed, one not reached
   assert table.rows[-1][1].startswith("not reached, nearest 0.")
   assert table.rows[1][table.header.index("Edge")] == "high learning rate"
   assert table.rows[0][table.header.index("Fresh seeds / best")][0] == pytest.approx(1.25, rel=0.02)
@@ -127,7 +143,7 @@ def test_what_is_not_at_its_default_is_told(sweeps):
 
 def test_the_table_of_trials_is_tidy(sweeps):
   rows = sweep_table(sweeps)
-  assert len(rows) == sum(len(sweep.records) for sweep in sweeps.values())
+  assert len(rows) == sum(r.trial["kind"] != "timing" for sweep in sweeps.values() for r in sweep.records)
   assert len({tuple(row) for row in rows}) == 1
   assert [row["optimizer"] for row in rows] == sorted((row["optimizer"] for row in rows), reverse=True)
   sgd = [row for row in rows if row["optimizer"] == "sgd" and row["kind"] == "sweep"]
