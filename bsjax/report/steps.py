@@ -27,7 +27,7 @@ FIXED_HPARAMS = ("momentum", "weight_decay")
 def steps_page(study: Mapping[str, Any], sweeps: Sweeps, findings: Sequence[Finding]) -> Page:
   """Compose the page from the study's summary, its sweeps and its findings."""
   tables = [_curve_table(sweeps), _rate_table(sweeps), *(_sizes_table(name, sweep) for name, sweep in sweeps.items())]
-  trials = sum(len(sweep.records) for sweep in sweeps.values())
+  trials = sum(record.trial["kind"] != "timing" for sweep in sweeps.values() for record in sweep.records)
   return Page(
     title=f"Steps to result: {study['workload']}",
     question=f"How many steps does {study['workload']} need at each batch size?",

@@ -82,6 +82,7 @@ def test_the_answer_tells_the_steps_and_how_far_scaling_is_perfect(page, sweeps)
   )
   assert f"no more than 20 % more examples up to about {curve.fit_perfect_until.value:.1f}" in page.answer
   assert "until validation accuracy was at least 0.97" in page.lead
+  assert f"{2 * 48 * len(SIZES) + len(FINAL_SEEDS)} trials with sgd, momentum" in page.lead  # timings are none
 
 
 def test_a_curve_that_begins_bent_says_so():
