@@ -1,8 +1,8 @@
 """How fast is a sweep, against the same trials one after another in PyTorch and in a Python loop, and under the best plan found by hand?
 
   python -m scripts.bench_sweep                                       all cases, some minutes on one core
-  python -m scripts.bench_sweep --cases=tiny --opponents=jax_loop     one case against one opponent
-  python -m scripts.bench_sweep --cases=mlp512_b8 --trial_devices=2   our trials on two cores at once, by wall time
+  python -m scripts.bench_sweep --only=tiny --versus=jax_loop         one case against one opponent
+  python -m scripts.bench_sweep --only=mlp512_b8 --trial_devices=2    our trials on two cores at once, by wall time
 
 Prints one JSON object per case and opponent. `ratio` is our time per trial and step over theirs, below 1 is faster: the median of
 the ratios of alternating repetitions, `low` and `high` the smallest and the largest of them, `n` their number; `wall_ratio` is the median
@@ -45,22 +45,23 @@ from bsjax.train.plan import num_lanes, remembered_plan
 from bsjax.train.segment import everywhere, idle_lanes, rows_per_segment
 from bsjax.types import Hparams
 
-NUM_SEEDS = 4
 _TRIAL_DEVICES = flags.DEFINE_integer("trial_devices", 1, "Devices across which our trials are spread.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """A network, how many trials of it (a multiple of the seeds), and the steps of each."""
+  """A network, how many trials of it (a multiple of `num_seeds`), and the steps of each."""
 
   case: Case
   num_trials: int
   num_steps: int
   eval_every: int = 64
+  num_seeds: int = 4
 
 
 SWEEPS = {
   "tiny": Sweep(bench_train.CASES["tiny_b8"], 64, 2048),
+  "tiny_seeds": Sweep(bench_train.CASES["tiny_b8"], 64, 2048, num_seeds=64),
   "small": Sweep(Case(32, (64,), 10, widths=(64,)), 64, 1024),
   "mlp512_b8": Sweep(bench_train.CASES["mlp512_b8"], 8, 256),
   "cnn_b8": Sweep(bench_train.CASES["cnn_b8"], 4, 64),
@@ -69,12 +70,12 @@ HAND = (Plan(), Plan(1, 8), Plan(1, 64), Plan(8, 1), Plan(8, 8), Plan(32, 2), Pl
 """Plans tried by hand; those of more lanes than trials are left out."""
 OPPONENTS = ("jax_loop", "torch", "best_plan")
 
-_CASES = flags.DEFINE_list("cases", list(SWEEPS), "Cases to run.")
-_OPPONENTS = flags.DEFINE_list("opponents", list(OPPONENTS), "Opponents to run against.")
-flags.register_validator("cases", lambda names: set(names) <= set(SWEEPS), f"wanted some of {', '.join(SWEEPS)}")
-flags.register_validator(
-  "opponents", lambda names: set(names) <= set(OPPONENTS), f"wanted some of {', '.join(OPPONENTS)}"
-)
+for name in ("only", "versus"):  # bench_train's cases and opponents are others
+  delattr(flags.FLAGS, name)
+_ONLY = flags.DEFINE_list("only", list(SWEEPS), "Cases to run.")
+_VERSUS = flags.DEFINE_list("versus", list(OPPONENTS), "Opponents to run against.")
+flags.register_validator("only", lambda names: set(names) <= set(SWEEPS), f"wanted some of {', '.join(SWEEPS)}")
+flags.register_validator("versus", lambda names: set(names) <= set(OPPONENTS), f"wanted some of {', '.join(OPPONENTS)}")
 
 
 class Times:
@@ -107,8 +108,9 @@ class SweepBench:
     self.config = TrialConfig(
       "bench", sweep.case.batch_size, sweep.num_steps, sweep.eval_every, optimizer=self.bench.config.optimizer
     )
-    rates = [HPARAMS.learning_rate / 2**number for number in range(sweep.num_trials // NUM_SEEDS)]
-    self.trials = [make_trial(self.config, Hparams(rate), SEED + seed) for rate in rates for seed in range(NUM_SEEDS)]
+    rates = [HPARAMS.learning_rate / 2**number for number in range(sweep.num_trials // sweep.num_seeds)]
+    seeds = range(SEED, SEED + sweep.num_seeds)
+    self.trials = [make_trial(self.config, Hparams(rate), seed) for rate in rates for seed in seeds]
     self.trial_steps = sweep.num_trials * sweep.num_steps
 
   def run(self, plan: Plan | None = None) -> Plan:
@@ -135,7 +137,7 @@ class SweepBench:
     train = device_arrays(self.workload.train.arrays, self.mesh)
     validation = jax.device_put(chunked(self.workload.validation.arrays), everywhere(self.mesh))
     states, hparams, seeds = idle_lanes(self.workload, self.config, lanes, self.mesh)
-    seeds = jax.device_put(jnp.arange(lanes, dtype=jnp.uint32) * NUM_SEEDS // lanes, seeds.sharding)
+    seeds = jax.device_put(jnp.arange(lanes, dtype=jnp.uint32) * self.sweep.num_seeds // lanes, seeds.sharding)
     num_rows = min(rows_per_segment(self.config), self.sweep.num_steps // self.config.eval_every)
 
     def call() -> None:
@@ -202,16 +204,16 @@ def run_case(name: str, versus: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-  if len(arguments) > 1 or flags.FLAGS["only"].present or flags.FLAGS["versus"].present:
-    raise app.UsageError("wanted --cases, --opponents, --trial_devices and --repeats only")
+  if len(arguments) > 1:
+    raise app.UsageError(f"wanted flags only, got {' '.join(arguments[1:])}")
   if _TRIAL_DEVICES.value > 1:
     jax.config.update("jax_num_cpu_devices", _TRIAL_DEVICES.value)  # before anything asks for devices
     if bench_train._ALL_CORES:
       os.sched_setaffinity(0, bench_train._ALL_CORES)
   if bench_train._ALL_CORES and jax.default_backend() != "cpu":
     os.sched_setaffinity(0, bench_train._ALL_CORES)
-  opponents = [name for name in _OPPONENTS.value if name != "torch" or has_torch()]
-  for name in _CASES.value:
+  opponents = [name for name in _VERSUS.value if name != "torch" or has_torch()]
+  for name in _ONLY.value:
     for versus in opponents:
       print(json.dumps(run_case(name, versus)), flush=True)
 

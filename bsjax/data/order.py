@@ -50,7 +50,8 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
     ValueError: B > N, a size below one, or sizes whose products leave 32 bits.
 
   Holds: every example is read exactly once per epoch, a batch may span two epochs, nothing is dropped; the result does not
-  depend on how the steps are cut into segments. Cost: at most ceil(K B / N) + 1 permutations, computed once each. Steps
+  depend on how the steps are cut into segments. Cost: a permutation for each epoch that is read,
+  at most ceil(K B / N) + 1. Steps
   are 32-bit: `first_step + num_steps` must stay below 2**31; `first_step * B` may be larger than that.
   """
   if min(num_steps, batch_size, num_examples) < 1:
@@ -68,8 +69,12 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
     raise ValueError(f"{num_steps=} of {batch_size=} are more than 32-bit positions allow; cut the segment in pieces.")
 
   first_epoch, offset = _divmod_product(first_step, batch_size, num_examples)
-  epochs = first_epoch + jnp.arange(num_epochs, dtype=jnp.int32)
-  stream = jax.vmap(lambda epoch: epoch_permutation(key, epoch, num_examples))(epochs).reshape(-1)
+  needed = (offset + length + num_examples - 1) // num_examples  # often one epoch less than fits
+
+  def draw(epoch: Array, stream: Array) -> Array:
+    return stream.at[epoch].set(epoch_permutation(key, first_epoch + epoch, num_examples))
+
+  stream = jax.lax.fori_loop(0, needed, draw, jnp.zeros((num_epochs, num_examples), jnp.int32)).reshape(-1)
   return jax.lax.dynamic_slice_in_dim(stream, offset, length).reshape(num_steps, batch_size)
 
 

@@ -136,9 +136,6 @@ def _build(
     draw = functools.partial(draw_order, num_examples=num_examples)
     if lanes == 1:
       return draw(seeds[0], first_steps[0])[None]
-    if spread_lanes > 1:  # each device draws those of its own lanes
-      return jax.vmap(draw, spmd_axis_name="trial")(seeds, first_steps)
-    stands_still = num_rows[lane_groups(lanes, in_turn, mesh)] == 0  # nobody reads its order
 
     def after(previous: tuple[Array, Array, Array], lane: tuple[Array, Array, Array]) -> tuple[Any, Array]:
       seed, first_step, idle = lane
@@ -146,8 +143,14 @@ def _build(
       drawn_last = jax.lax.cond(drawn, lambda: previous, lambda: (seed, first_step, draw(seed, first_step)))
       return drawn_last, drawn_last[2]
 
-    nobody = seeds[0], jnp.int32(-1), jnp.zeros((rows_max, inner, config.batch_size), jnp.int32)
-    return jax.lax.scan(after, nobody, (seeds, first_steps, stands_still))[1]
+    def draw_in_turn(seeds: Array, first_steps: Array, stands_still: Array) -> Array:
+      nobody = seeds[0], jnp.int32(-1), jnp.zeros((rows_max, inner, config.batch_size), jnp.int32)
+      return jax.lax.scan(after, nobody, (seeds, first_steps, stands_still))[1]
+
+    stands_still = num_rows[lane_groups(lanes, in_turn, mesh)] == 0  # nobody reads its order
+    # each device draws those of its own lanes, and asks no other how many epochs that takes
+    on_each_device = jax.shard_map(draw_in_turn, mesh=mesh, in_specs=P("trial"), out_specs=P("trial"), check_vma=False)
+    return on_each_device(seeds, first_steps, stands_still)
 
   def lane_segment(
     state: TrainState,

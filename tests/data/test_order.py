@@ -121,3 +121,19 @@ def test_is_the_same_under_x64():
 def test_refuses_sizes_that_cannot_be_read(sizes, message):
   with pytest.raises(ValueError, match=message):
     segment_indices(KEY, 0, **{"num_steps": 2, "batch_size": 2, "num_examples": 10} | sizes)
+
+
+@pytest.mark.parametrize(("first_step", "epochs"), [(0, 2), (1, 3), (2, 2), (3, 3), (10**9, 2)])
+def test_only_epochs_that_are_read_are_drawn(first_step, epochs, monkeypatch):
+  """Four steps of 4 of 8 examples are two epochs, or parts of three."""
+  drawn = []
+  permutation = order.epoch_permutation
+
+  def counted(key, epoch, num_examples):
+    jax.debug.callback(lambda epoch: drawn.append(int(epoch)), epoch)
+    return permutation(key, epoch, num_examples)
+
+  monkeypatch.setattr(order, "epoch_permutation", counted)
+  order.segment_indices(jax.random.key(0), first_step, num_steps=4, batch_size=4, num_examples=8).block_until_ready()
+  jax.effects_barrier()
+  assert sorted(drawn) == [first_step // 2 + i for i in range(epochs)]
