@@ -2,9 +2,9 @@
 
 from bsjax.conv import conv as conv
 from bsjax.conv import max_pool as max_pool
+from bsjax.models.model import Model as Model
 from bsjax.models.networks import BatchNorm as BatchNorm
 from bsjax.models.networks import Conv as Conv
-from bsjax.models.networks import Model as Model
 from bsjax.models.networks import cnn as cnn
 from bsjax.models.networks import mlp as mlp
 from bsjax.models.transformer import language_model as language_model

@@ -1,14 +1,15 @@
 """The networks: a multilayer perceptron and a small convolutional network, as pairs of pure functions."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bsjax.conv import conv, max_pool
-from bsjax.types import Array, Key, ModelState, Variables
+from bsjax.models.model import Model, make_model
+from bsjax.types import Array
 
 BatchNorm = Literal["none", "running", "batch"]
 """Which statistics normalise a layer: no normalisation; those of the batch in training and running averages in
@@ -18,20 +19,6 @@ BATCH_NORM_MOMENTUM = 0.9
 """Weight of the old value in a running average. Our choice (Goyal et al. 2017, section 5.1, use the same)."""
 BATCH_NORM_EPSILON = 1e-5
 """Added to the variance before its root: a constant feature is then mapped to its bias. Our choice."""
-
-
-class Model(NamedTuple):
-  """A network as two pure functions.
-
-  `init(key) -> Variables(params, model_state)`; it may be jitted, and vmapped over keys.
-
-  `apply(params, model_state, images, *, train) -> (logits f32[B, classes], new_model_state)`, with `images`
-  `f32[B, *input_shape]`, already scaled. The state comes back unchanged when `train` is false, and is an empty dict
-  for a network without batch norm.
-  """
-
-  init: Callable[[Key], Variables]
-  apply: Callable[..., tuple[Array, ModelState]]
 
 
 def mlp(
@@ -190,24 +177,3 @@ class _Cnn(nn.Module):
     for width in self.widths:
       x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.he_normal())(x))
     return nn.Dense(self.num_classes)(x)
-
-
-def make_model(network: nn.Module, input_shape: tuple[int, ...]) -> Model:
-  """Turns a module called as `network(images, train)` into a `Model`."""
-
-  @jax.jit
-  def init(key: Key) -> Variables:
-    variables = network.init(key, jnp.zeros((1, *input_shape)), False)
-    return Variables(variables["params"], variables.get("batch_stats", {}))
-
-  def apply(params: Any, model_state: ModelState, images: Array, *, train: bool) -> tuple[Array, ModelState]:
-    if images.shape[1:] != input_shape or not jnp.issubdtype(images.dtype, jnp.floating):
-      raise ValueError(
-        f"images are {images.dtype}{list(images.shape)}; wanted floats of shape [B, {', '.join(map(str, input_shape))}]: "
-        "scale integers and add the batch axis first."
-      )
-    variables = {"params": params, "batch_stats": model_state}
-    logits, updated = network.apply(variables, images, train, mutable=["batch_stats"])
-    return logits, updated["batch_stats"] if train else model_state
-
-  return Model(init, apply)

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bsjax.models.networks import Model, make_model
+from bsjax.models.model import Model, make_model
 from bsjax.types import Array, Key, ModelState, Variables
 
 PATCH_POSITION_STD = 0.5
@@ -114,8 +114,10 @@ def language_model(
   def init(key: Key) -> Variables:
     return Variables(network.init(key, jnp.zeros((1, length), jnp.int32))["params"], {})
 
-  def apply(params: Any, model_state: ModelState, tokens: Array, *, train: bool) -> tuple[Array, ModelState]:
-    del train  # no dropout, no batch norm
+  def apply(
+    params: Any, model_state: ModelState, tokens: Array, *, train: bool, key: Key | None = None
+  ) -> tuple[Array, ModelState]:
+    del train, key  # no dropout, no batch norm
     if tokens.shape[1:] != (length,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(
         f"tokens are {tokens.dtype}{list(tokens.shape)}; wanted integers of shape [B, {length}]: "

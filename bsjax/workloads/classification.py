@@ -67,8 +67,7 @@ def classification(
     }
 
   def batch_loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> tuple[Array, ModelState]:
-    del key  # no dropout
-    logits, new_model_state = model.apply(params, model_state, scaled(batch["image"]), train=True)
+    logits, new_model_state = model.apply(params, model_state, scaled(batch["image"]), train=True, key=key)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])), new_model_state
 
   train, validation, test = (
