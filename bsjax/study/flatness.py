@@ -90,7 +90,7 @@ def make_view(workload: Workload, statistics: Statistics, num_examples: int, gro
   grouped = statistics != "running" and workload.batch_norm != "none"
   size = group_size(num_examples, group or GROUP_SIZES[statistics]) if grouped else 1
   num_examples -= num_examples % size
-  examples = {name: jnp.asarray(array[:num_examples]) for name, array in workload.train.arrays.items()}
+  examples = {name: jnp.asarray(array) for name, array in workload.train.first(num_examples).arrays.items()}
   if not grouped:
 
     def example_loss(model_state: ModelState) -> LossFn:

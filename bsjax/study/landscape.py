@@ -51,7 +51,8 @@ def split_metrics_fn(
     other metrics of its split: an accuracy would be that of an arbitrary class.
   """
   train, test = (
-    {name: array[:num_examples] for name, array in source.arrays.items()} for source in (workload.train, workload.test)
+    source.first(len(source) if num_examples is None else num_examples).arrays
+    for source in (workload.train, workload.test)
   )
   splits = {"train": chunked(train), "test": chunked(test)}
   data = jax.device_put((splits, _whole_batches(train)))

@@ -124,7 +124,7 @@ class Measurements:
       }
 
   def _first_examples(self, count: int) -> Batch:
-    return {name: jnp.asarray(array[:count]) for name, array in self.workload.train.arrays.items()}
+    return {name: jnp.asarray(array) for name, array in self.workload.train.first(count).arrays.items()}
 
   def _loss_fn(self, model_state: ModelState) -> LossFn:
     return lambda params, example: self.workload.example_loss(params, model_state, example)

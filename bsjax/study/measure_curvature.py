@@ -120,7 +120,7 @@ class SharpMeasurements:
     self.workload, self.plan, self.folder = workload, plan, folder
     self.names = program_names(workload, plan)
     self.test = split_metrics(workload)
-    first = {name: array[: plan.num_examples] for name, array in workload.train.arrays.items()}
+    first = workload.train.first(plan.num_examples).arrays
     self.train = metrics_of("train", workload, {"train": first})
     self.glance = metrics_of("test", workload, {"test": workload.test.arrays, "train": first})
     make = functools.partial(Curvature, workload, mesh, plan.optimizer, num_examples=plan.num_examples)

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bsjax.data import Source
 from bsjax.optim import OPTIMIZERS, scale_learning_rate
 from bsjax.train import TrialConfig
 from bsjax.workloads import Workload
@@ -202,9 +201,8 @@ def edge_workload(plan: SharpPlan, workload: Workload) -> Workload:
   train = workload.train
   if len(train) <= plan.num_examples:
     return workload
-  arrays = {name: array[: plan.num_examples] for name, array in train.arrays.items()}
   name = f"{workload.name}_first_{plan.num_examples}"
-  return dataclasses.replace(workload, name=name, train=Source(train.name, train.split, arrays))
+  return dataclasses.replace(workload, name=name, train=train.first(plan.num_examples))
 
 
 def edge_batch_sizes(plan: SharpPlan) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from bsjax.analysis import (
 from bsjax.analysis.quality import QUALITY, QUALITY_FINAL, best_quality
 from bsjax.analysis.steps_to_result import sweep_records
 from bsjax.analysis.sweep_table import sweep_table
-from bsjax.data import Source
 from bsjax.records import read_records, write_json
 from bsjax.report import steps_page, write_experiment
 from bsjax.study.measure import metrics_of
@@ -85,8 +84,7 @@ def with_validation(workload: Workload, count: int | None) -> Workload:
   whole = workload.validation
   if not 1 <= count <= len(whole):
     raise ValueError(f"--validation_examples={count}, wanted 1 to {len(whole)}, the size of the validation set")
-  arrays = {name: array[:count] for name, array in whole.arrays.items()}
-  return dataclasses.replace(workload, validation=Source(whole.name, whole.split, arrays))
+  return dataclasses.replace(workload, validation=whole.first(count))
 
 
 def run_steps_study(

@@ -90,8 +90,7 @@ def step_flops(workload: Workload, batch_size: int) -> float:
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, model_state = jax.eval_shape(workload.init, key)
   batch = {
-    name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
-    for name, array in workload.train.arrays.items()
+    name: jax.ShapeDtypeStruct((batch_size, *spec.shape), spec.dtype) for name, spec in workload.train.spec.items()
   }
   cost = jax.jit(workload.train_loss).lower(params, model_state, batch, key).cost_analysis() or {}
   return max(3 * cost.get("flops", 0.0), 6.0 * num_params(workload) * batch_size)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bsjax.data import Source
+from bsjax.data import RecordSource, Source
 from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params, Variables
 
 BatchNorm = Literal["none", "running", "batch", "ghost"]
@@ -64,9 +64,9 @@ class Workload:
   example_loss: Callable[[Params, ModelState, Example], Array]
   train_loss: Callable[[Params, ModelState, Batch, Key], tuple[Array, ModelState]]
   example_metrics: Callable[[Params, ModelState, Example], Metrics]
-  train: Source
-  validation: Source
-  test: Source
+  train: Source | RecordSource
+  validation: Source | RecordSource
+  test: Source | RecordSource
   target: Target
   preset: Preset
   batch_norm: BatchNorm = "none"
@@ -105,7 +105,7 @@ def check_workload(workload: Any, origin: str) -> Workload:
     if len(split) == 0:
       raise ValueError(f"{origin}: split {split.split!r} of {split.name!r} is empty, wanted at least one example")
   example: Mapping[str, Any] = {
-    name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in workload.train.arrays.items()
+    name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in workload.train.spec.items()
   }
   variables = jax.eval_shape(workload.init, jax.random.key(0))
   loss = jax.eval_shape(workload.example_loss, variables.params, variables.model_state, example)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import bsjax
-from bsjax.data import DataError, load_source, source
+from bsjax.data import DataError, load, load_source
 
 PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
 
@@ -61,7 +61,7 @@ def test_unknown_names_list_the_known_ones(tmp_path):
 
 
 def test_missing_raw_file_without_a_network_fails_at_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(source, "_answers", lambda url: False)
+  monkeypatch.setattr(load, "_answers", lambda url: False)
   with pytest.raises(DataError) as error:
     load_source("mnist", "train", data_dir=tmp_path)
   message = str(error.value)
@@ -76,13 +76,13 @@ def test_missing_raw_file_without_a_network_fails_at_once(tmp_path, monkeypatch)
 
 
 def test_a_given_manual_dir_is_not_replaced_by_a_download(tmp_path, monkeypatch):
-  monkeypatch.setattr(source, "_answers", refuse)
+  monkeypatch.setattr(load, "_answers", refuse)
   with pytest.raises(DataError, match="which is not in .*/raw/mnist or .*/raw; put it there"):
     load_source("mnist", "train", data_dir=tmp_path, manual_dir=tmp_path / "raw")
 
 
 def test_wrong_digest_names_file_expected_and_found(tmp_path, monkeypatch):
-  monkeypatch.setattr(source, "_answers", lambda url: True)
+  monkeypatch.setattr(load, "_answers", lambda url: True)
   path = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
   path.parent.mkdir()
   path.write_bytes(b"not MNIST")
@@ -119,8 +119,8 @@ def test_raw_files_are_found(tmp_path, monkeypatch, given_as, place):
     (folder / file).write_bytes(content)
   manual_dir = tmp_path / "given" if given_as == "manual_dir" else None
   roots = [tmp_path] if manual_dir else [tmp_path, tmp_path / "given"]
-  folders = source._raw_folders("letters", roots, manual_dir)
-  assert source._check_raw_files("letters", folders, may_download=False) == folder
+  folders = load._raw_folders("letters", roots, manual_dir)
+  assert load._check_raw_files("letters", folders, may_download=False) == folder
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -138,19 +138,19 @@ def test_answers_asks_the_host(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     host = f"http://127.0.0.1:{server.server_port}"
-    answers = [source._answers(f"{host}/{path}") for path in ("there", "gone")]
+    answers = [load._answers(f"{host}/{path}") for path in ("there", "gone")]
     server.shutdown()
     thread.join()
   assert answers == [True, False]
-  assert not source._answers(f"{host}/there")  # closed by now
+  assert not load._answers(f"{host}/there")  # closed by now
 
 
 def test_answers_gives_up_on_a_silent_host(monkeypatch):
   monkeypatch.setenv("no_proxy", "127.0.0.1")
-  monkeypatch.setattr(source, "_ANSWER_SECONDS", 0.2)
+  monkeypatch.setattr(load, "_ANSWER_SECONDS", 0.2)
   with socket.create_server(("127.0.0.1", 0)) as server:
     start = time.monotonic()
-    assert not source._answers(f"http://127.0.0.1:{server.getsockname()[1]}/there")
+    assert not load._answers(f"http://127.0.0.1:{server.getsockname()[1]}/there")
     assert time.monotonic() - start < 5  # without the limit it would wait for ever
 
 
@@ -164,7 +164,7 @@ def test_environment_names_the_folder(tmp_path, monkeypatch, expected):
 
 
 def test_read_only_folder_is_left_alone(tmp_path, monkeypatch, expected):
-  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
   read_only = tmp_path / "read_only"
   read_only.mkdir(mode=0o555)
   assert_same(load_source("digits", "train", data_dir=read_only).arrays, expected)
@@ -173,8 +173,8 @@ def test_read_only_folder_is_left_alone(tmp_path, monkeypatch, expected):
 
 
 def test_prepared_copy_in_a_read_only_folder_is_used(digits_dir, tmp_path, monkeypatch, expected):
-  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
-  monkeypatch.setattr(source, "_prepare", refuse)
+  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(load, "_prepare", refuse)
   shutil.rmtree(digits_dir / "decoded")
   digits_dir.chmod(0o555)
   assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
@@ -184,7 +184,7 @@ def test_prepared_copy_in_a_read_only_folder_is_used(digits_dir, tmp_path, monke
 
 def test_no_writable_folder_is_an_error(tmp_path, monkeypatch):
   tmp_path.joinpath("read_only").mkdir(mode=0o555)
-  monkeypatch.setattr(source, "_DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
+  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
   with pytest.raises(DataError, match="cannot write into .*pass --data_dir=<a writable folder>"):
     load_source("digits", "train", data_dir=tmp_path / "read_only")
 
@@ -217,8 +217,8 @@ def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
 
 
 def test_decoded_arrays_need_neither_tfds_nor_a_writable_folder(digits_dir, monkeypatch, expected):
-  monkeypatch.setattr(source, "_builder", refuse)
-  monkeypatch.setattr(source, "_is_writable", lambda folder: False)
+  monkeypatch.setattr(load, "_builder", refuse)
+  monkeypatch.setattr(load, "_is_writable", lambda folder: False)
   assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
 
 
