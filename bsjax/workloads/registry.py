@@ -14,13 +14,24 @@ from bsjax.workloads.classification import (
   mnist_f1_ghost,
   mnist_mlp,
   mnist_simple_cnn,
+  mnist_simple_cnn_narrow,
 )
 from bsjax.workloads.quadratic import quadratic
 from bsjax.workloads.workload import Workload, check_workload
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
   function.__name__: function
-  for function in (digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, mnist_f1_ghost, mnist_simple_cnn, quadratic)
+  for function in (
+    digits_mlp,
+    digits_cnn,
+    digits_vit,
+    mnist_mlp,
+    mnist_f1,
+    mnist_f1_ghost,
+    mnist_simple_cnn,
+    mnist_simple_cnn_narrow,
+    quadratic,
+  )
 }
 
 

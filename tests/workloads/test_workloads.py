@@ -17,14 +17,14 @@ MNIST = ROOT.parent / "shared" / "data" / "mnist"
 def test_unknown_name_lists_the_known_ones() -> None:
   with pytest.raises(
     ValueError,
-    match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, mnist_f1_ghost, mnist_simple_cnn, quad",
+    match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, digits_vit, mnist_mlp, mnist_f1, mnist_f1_ghost, mnist_simple_cnn, mnist_simple_cnn_narrow, quad",
   ):
     load_workload("digits_mpl")
 
 
 def test_the_issue_s_workloads_are_there() -> None:
   assert {"digits_mlp", "digits_cnn", "digits_vit", "mnist_mlp", "mnist_f1", "quadratic"} <= WORKLOADS.keys()
-  assert {"mnist_f1_ghost", "mnist_simple_cnn"} <= WORKLOADS.keys()
+  assert {"mnist_f1_ghost", "mnist_simple_cnn", "mnist_simple_cnn_narrow"} <= WORKLOADS.keys()
 
 
 @pytest.mark.parametrize(
