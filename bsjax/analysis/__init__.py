@@ -10,6 +10,7 @@ from bsjax.analysis.claims_gradient_noise import judge_layernorm_predicts_total,
 from bsjax.analysis.claims_landscape import judge_sharper_line
 from bsjax.analysis.claims_large_batch import judge_cosine_helps, judge_lars_lamb_help, judge_warmup_needed
 from bsjax.analysis.claims_noise import judge_direction_stable, judge_oscillation, judge_variance_inverse_b
+from bsjax.analysis.claims_pretrain import judge_finetune_small, judge_pretrain_large, pretrain_table
 from bsjax.analysis.claims_quality import judge_same_best_error
 from bsjax.analysis.claims_rate import judge_linear_scaling, judge_throughput
 from bsjax.analysis.claims_scaling import judge_no_rule_fits_all
@@ -48,6 +49,7 @@ __all__ = [
   "judge_direction_stable",
   "judge_edge_of_stability",
   "judge_estimators_agree",
+  "judge_finetune_small",
   "judge_flat_generalizes",
   "judge_flat_measures",
   "judge_flat_minima",
@@ -62,6 +64,7 @@ __all__ = [
   "judge_noise_escapes",
   "judge_noise_grows",
   "judge_oscillation",
+  "judge_pretrain_large",
   "judge_same_best_error",
   "judge_sharper_line",
   "judge_temperature",
@@ -73,6 +76,7 @@ __all__ = [
   "large_batch_table",
   "loglog_slope",
   "measurements_table",
+  "pretrain_table",
   "results_table",
   "split_phases",
   "steps_to_target",

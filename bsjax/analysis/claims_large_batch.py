@@ -12,6 +12,7 @@ from bsjax.analysis.large_batch import (
   NAMES,
   RECIPES,
   Outcome,
+  better_arm,
   entry_of,
   error_metric,
   final_trials,
@@ -195,20 +196,12 @@ def _compare_pairs(reader: _Reader, pairs: Mapping[str, tuple[str, str]]) -> dic
 def _compare_better(reader: _Reader, size: int) -> Comparison:
   """Compares the better of each two, which needs all four."""
   untrained = [arm for arm in (*PLAIN, *LAYERWISE) if reader.outcome(size, arm) is None]
-  plain, layerwise = (_better(reader.study, size, arms) for arms in (PLAIN, LAYERWISE))
+  plain, layerwise = (
+    better_arm({arm: entry_of(reader.study, size, arm) for arm in arms}) for arms in (PLAIN, LAYERWISE)
+  )
   if untrained:
     return Comparison(size, plain, layerwise, UNKNOWN, 0, "inconclusive", _untrained(untrained))
   return reader.compare(size, plain, layerwise)
-
-
-def _better(study: Mapping, size: int, arms: Sequence[str]) -> str:
-  """Returns the arm with the lowest mean validation loss over its repeats; an arm without one loses."""
-
-  def loss(arm: str) -> float:
-    mean = entry_of(study, size, arm).get("validation_loss")
-    return math.inf if mean is None else mean
-
-  return min(arms, key=loss)
 
 
 def _finding(

@@ -1,5 +1,6 @@
 """What the arms of a study of large batches came to, read from their records: outcomes over final seeds, and paired differences."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,16 @@ def final_trials(study: Mapping, records: Mapping[str, Record], size: int, arm: 
 def entry_of(study: Mapping, size: int, arm: str) -> Mapping[str, Any]:
   """Returns what was tuned of an arm at a batch size; empty for an arm that was not trained."""
   return study["tuned"].get(str(size), {}).get(arm, {})
+
+
+def better_arm(entries: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns the arm with the lowest mean validation loss over its repeats, of the entries of one batch size; an arm without one loses."""
+
+  def loss(arm: str) -> float:
+    mean = entries[arm].get("validation_loss")
+    return math.inf if mean is None else mean
+
+  return min(entries, key=loss)
 
 
 def error_metric(records: Iterable[Record]) -> str:

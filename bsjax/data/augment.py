@@ -39,7 +39,8 @@ def flip(key: Key, image: Array) -> Array:
 
 
 def shifted_crop(padding: int) -> Augment:
-  """Builds the crop of CIFAR: pads by `padding` zeros on every side and cuts the old size out, at each of the (2 padding + 1)^2 places alike.
+  """Builds the crop of CIFAR: pads by `padding` zeros on every side and cuts the old size out, at each of the (2 padding + 1)^2 places
+  alike.
 
   Source: He et al. (2016), section 4.2, with padding 4.
   """
@@ -58,8 +59,8 @@ def rotated_shift(*, max_degrees: float = 10.0, max_shift: float = 0.2) -> Augme
 
       out[i, j] = image[ R(angle) ((i, j) - centre - shift) + centre ],    bilinear; beyond the border, the nearest pixel
 
-  Source: Keskar et al. (2017), appendix E.1, who flip too (`flip`) and do not say what fills the border; the nearest pixel is the default of
-  the library that their code uses.
+  Source: Keskar et al. (2017), appendix E.1, who flip too (`flip`) and do not say what fills the border; the nearest pixel is the default
+  of the library that their code uses.
   """
 
   def augment(key: Key, image: Array) -> Array:

@@ -25,7 +25,7 @@ def large_batch_page(study: Mapping[str, Any], records: Sequence[Record], findin
   reference, baseline = study["reference_batch_size"], study["baseline"]
   arms = [(reference, baseline), *((size, arm) for size in study["batch_sizes"] for arm in study["arms"])]
   recipes = [(size, arm) for size in study["batch_sizes"] for arm in RECIPES if arm in study["tuned"][str(size)]]
-  header = ("Batch size", "Arm", "Rate", "Warm-up", _quantity(metric), "Validation loss", "Steps to target", "Trials")
+  header = ("Batch size", "Arm", "Rate", "Warm-up", quantity(metric), "Validation loss", "Steps to target", "Trials")
   tables = [
     Table(
       f"Every arm as tuned, at {study['num_epochs']:g} epochs for every batch size: means over {len(study['final_seeds'])} fresh "
@@ -33,13 +33,13 @@ def large_batch_page(study: Mapping[str, Any], records: Sequence[Record], findin
       "Steps to target: the median over the seeds, and how many arrived. Trials: of the search, with those of wider spaces; how "
       "many of them diverged.",
       header,
-      [_tuned_row(study, finals, size, arm, metric) for size, arm in arms],
+      [tuned_row(study, finals, size, arm, metric) for size, arm in arms],
     ),
     _comparisons_table(findings, metric),
     Table(
       f"The linear rule as it stands: the best rate at batch size {reference} times the ratio of the batch sizes, untuned.",
       header[:-1],
-      [_tuned_row(study, finals, size, recipe, metric)[:-1] for size, recipe in recipes],
+      [tuned_row(study, finals, size, recipe, metric)[:-1] for size, recipe in recipes],
     ),
   ]
   return Page(
@@ -54,7 +54,8 @@ def large_batch_page(study: Mapping[str, Any], records: Sequence[Record], findin
   )
 
 
-def _quantity(metric: str) -> str:
+def quantity(metric: str) -> str:
+  """Name a column of errors."""
   return "Test error, %" if metric == "test_accuracy" else "Test loss"
 
 
@@ -78,7 +79,7 @@ def _comparisons_table(findings: Sequence[Finding], metric: str) -> Table:
   )
 
 
-def _tuned_row(study: Mapping[str, Any], finals: Mapping[str, Record], size: int, arm: str, metric: str) -> tuple:
+def tuned_row(study: Mapping[str, Any], finals: Mapping[str, Record], size: int, arm: str, metric: str) -> tuple:
   """Return an arm's row of the table; what was not measured is None."""
   entry = study["tuned"][str(size)][arm]
   outcome = read_outcome(study, finals, size, arm, metric)

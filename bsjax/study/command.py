@@ -115,7 +115,7 @@ def define_study_flags(out: str, *, smoke: str) -> flags.FlagValues:
 
 def study_options(study_flags: flags.FlagValues) -> dict[str, Any]:
   """Reads what `define_study_flags` defined, by name, after the flags were parsed."""
-  return {name: study_flags[name].value for name in STUDY_FLAGS}
+  return {name: study_flags[name].value for name in STUDY_FLAGS if name in study_flags}
 
 
 def define_plan_flag(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:

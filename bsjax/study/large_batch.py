@@ -1,7 +1,7 @@
 """The study of large batches from a plan to a report: tune every arm equally, train it at fresh seeds, judge, write."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,10 @@ class LargeBatchStudy(NamedTuple):
   progress: LargeBatchProgress
   probe: Probe
   lane_plan: LanePlan | None
+  keep_final: bool = False
+  """Whether the last states of final trials are kept."""
+  look_steps: Callable[[Budget], tuple[int, ...]] = lambda budget: (budget.num_steps,)
+  """The steps of a budget at which final trials are probed."""
 
   def budget(self, batch_size: int) -> Budget:
     """Returns the budget of a batch size."""
@@ -72,9 +76,9 @@ class LargeBatchStudy(NamedTuple):
       kind: "search", "repeat" or "final"; final trials look at the test set.
       name: what the records call the arm, where it is another name than that of the way it trains.
     """
-    config = arm_config(
-      arm, self.workload, batch_size=batch_size, budget=self.budget(batch_size), final=kind == "final"
-    )
+    budget = self.budget(batch_size)
+    looks = self.look_steps(budget) if kind == "final" else ()
+    config = arm_config(arm, self.workload, batch_size=batch_size, budget=budget, look_steps=looks)
     trials = [make_trial(config, arm_hparams(arm, point), seed) for point, seed in zip(points, seeds, strict=True)]
     run_trials(
       self.workload,
@@ -85,6 +89,7 @@ class LargeBatchStudy(NamedTuple):
       provenance={"kind": kind, "arm": name or arm} | self.provenance,
       on_progress=lambda steps: self.progress.advance(config, steps),
       plan=self.lane_plan,
+      keep_final=self.keep_final and kind == "final",
     )
     return [read_record(self.folder / trial.id) for trial in trials]
 
@@ -111,15 +116,16 @@ def run_large_batch_study(
   folder = out / "large_batch"
   folder.mkdir(exist_ok=True)
   measure = split_metrics(workload)
-  with LargeBatchProgress(workload, plan) as progress:
+  searches = [(plan.reference_batch_size, BASELINE), *((size, arm) for size in plan.batch_sizes for arm in plan.arms)]
+  with LargeBatchProgress(workload, plan, searches, followed=plan.batch_sizes) as progress:
     study = LargeBatchStudy(
       workload, plan, folder, mesh, environment, progress, lambda trial, state: [measure(state)], lane_plan
     )
     reference = plan.reference_batch_size
-    baseline = _tune_and_train(study, BASELINE, reference)
+    baseline = tune_and_train(study, BASELINE, reference)
     entries: dict[str, dict[str, Any]] = {str(reference): {BASELINE: baseline}}
     for batch_size in plan.batch_sizes:
-      here = {arm: _tune_and_train(study, arm, batch_size) for arm in plan.arms}
+      here = {arm: tune_and_train(study, arm, batch_size) for arm in plan.arms}
       entries[str(batch_size)] = here | _follow_the_rule(study, baseline, batch_size)
   return report_large_batch_study(_describe(study, entries), folder, out, environment=environment)
 
@@ -143,8 +149,11 @@ def report_large_batch_study(
   )
 
 
-def _tune_and_train(study: LargeBatchStudy, arm: str, batch_size: int) -> dict[str, Any]:
-  """Tunes an arm at a batch size, and trains the final seeds at what was chosen; returns its entry of `study.json`."""
+def tune_and_train(study: LargeBatchStudy, arm: str, batch_size: int) -> dict[str, Any]:
+  """Tunes an arm at a batch size, and trains the final seeds at what was chosen; returns its entry of `study.json`.
+
+  Where every trial of the search diverged there is no point, and no final trial.
+  """
   study.progress.begin(batch_size, arm)
   space, points, records = _search(study, arm, batch_size)
   best, mean_loss = _repeat_best(study, arm, batch_size, points, records)

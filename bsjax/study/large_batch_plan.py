@@ -103,7 +103,7 @@ def make_large_batch_plan(workload: Workload, **overrides: object) -> LargeBatch
     reference_batch_size=reference,
   )
   plan = dataclasses.replace(plan, **given)  # type: ignore[arg-type]
-  _check(plan, len(workload.train))
+  check_arms_plan(plan, len(workload.train))
   return plan
 
 
@@ -120,7 +120,12 @@ def _largest(batch_sizes: tuple[int, ...], reference: int) -> tuple[int, ...]:
   return tuple(chosen[::-1])
 
 
-def _check(plan: LargeBatchPlan, train_size: int) -> None:
+def check_arms_plan(plan: LargeBatchPlan, train_size: int) -> None:
+  """Checks the numbers of a plan.
+
+  Raises:
+    ValueError: one that is out of range; the message names it.
+  """
   reference = plan.reference_batch_size
   if not 1 <= reference <= train_size:
     raise ValueError(f"--reference_batch_size={reference}, wanted 1 to {train_size}, the size of the training set")
@@ -163,8 +168,10 @@ def budget_of(plan: LargeBatchPlan, *, batch_size: int, train_size: int) -> Budg
   return Budget(max(2, round(steps / every) * every), every)
 
 
-def arm_config(name: str, workload: Workload, *, batch_size: int, budget: Budget, final: bool = False) -> TrialConfig:
-  """Builds the configuration of an arm's trials; final ones look at the test set, once, at their end."""
+def arm_config(
+  name: str, workload: Workload, *, batch_size: int, budget: Budget, look_steps: tuple[int, ...] = ()
+) -> TrialConfig:
+  """Builds the configuration of an arm's trials; those with `look_steps` look at the test set there, as final ones do at their end."""
   arm = ARMS[name]
   return TrialConfig(
     workload=workload.name,
@@ -174,8 +181,8 @@ def arm_config(name: str, workload: Workload, *, batch_size: int, budget: Budget
     optimizer=arm.optimizer,
     schedule=arm.schedule,
     warmup=arm.warmup,
-    probes=("test",) if final else (),
-    probe_steps=(budget.num_steps,) if final else (),
+    probes=("test",) if look_steps else (),
+    probe_steps=look_steps,
   )
 
 

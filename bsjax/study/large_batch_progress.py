@@ -1,26 +1,35 @@
 """The progress bar of a study of large batches, in estimated seconds."""
 
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from bsjax.study.large_batch_plan import BASELINE, RECIPES, REPEATED_POINTS, REPEATS, LargeBatchPlan, budget_of
+from bsjax.study.large_batch_plan import RECIPES, REPEATED_POINTS, REPEATS, LargeBatchPlan, budget_of
 from bsjax.study.progress import FLOPS_PER_SECOND, START_SECONDS, STEP_SECONDS
 from bsjax.train import TrialConfig
 from bsjax.workloads import Workload, num_params
 
 
 class LargeBatchProgress:
-  """Counts trials search by search; a search is one arm at one batch size, with its repeats and final seeds."""
+  """Counts trials search by search; a search is one arm at one batch size, with its repeats and final seeds.
 
-  def __init__(self, workload: Workload, plan: LargeBatchPlan) -> None:
+  Args:
+    searches: batch size and arm of each.
+    followed: batch sizes at which the linear rule is followed, too.
+  """
+
+  def __init__(
+    self,
+    workload: Workload,
+    plan: LargeBatchPlan,
+    searches: Sequence[tuple[int, str]],
+    followed: Sequence[int] = (),
+  ) -> None:
     self._num_params, self._num_validation = num_params(workload), len(workload.validation)
-    searches = [(plan.reference_batch_size, BASELINE), *((size, arm) for size in plan.batch_sizes for arm in plan.arms)]
     trials = plan.num_trials + REPEATED_POINTS * REPEATS + plan.final_seeds
-    self._trial_seconds = {
-      size: self._estimate(plan, size, len(workload.train)) for size in (plan.reference_batch_size, *plan.batch_sizes)
-    }
-    recipes = len(RECIPES) * plan.final_seeds * sum(self._trial_seconds[size] for size in plan.batch_sizes)
+    self._trial_seconds = {size: self._estimate(plan, size, len(workload.train)) for size, _ in searches}
+    recipes = len(RECIPES) * plan.final_seeds * sum(self._trial_seconds[size] for size in followed)
     self._bar = tqdm(
       total=recipes + sum(START_SECONDS + trials * self._trial_seconds[size] for size, _ in searches),
       smoothing=0.05,

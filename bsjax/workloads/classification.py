@@ -1,35 +1,47 @@
 """Image classification: a data set and a network become a `Workload`."""
 
+from typing import Literal, TypedDict, Unpack
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from bsjax.data import load_source
-from bsjax.models import Model, cnn, mlp, vit
+from bsjax.data import Augment, augment_batch, center_crop, load_source
+from bsjax.models import Model
 from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params
 from bsjax.workloads.workload import BatchNorm, Preset, Target, Workload, mean_train_loss
 
-DIGITS_PRESET = Preset(
-  batch_sizes=tuple(2**k for k in range(11)),
-  base_learning_rate=0.2,
-  num_epochs=32,
-  num_steps=1024,
-)
-MNIST_PRESET = Preset(
-  batch_sizes=tuple(2**k for k in range(5, 13)),
-  base_learning_rate=0.1,
-  num_epochs=2,
-  num_steps=512,
-  num_rates=3,
-  tuning_seeds=2,
-  final_seeds=3,
-)
-MNIST_F1_PRESET = MNIST_PRESET._replace(
-  batch_sizes=(64, 256, 1024, 4096), base_learning_rate=0.05, reference_batch_size=256, num_steps=256, final_seeds=3
-)
-SIMPLE_CNN_PRESET = MNIST_PRESET._replace(
-  batch_sizes=(16, 64, 256, 1024), base_learning_rate=0.05, reference_batch_size=64, num_steps=128, final_seeds=2
-)
+Smoothing = Literal["szegedy", "shallue"]
+"""Where label smoothing puts its weight s, of C classes. "szegedy" (Szegedy et al., 2016): s / C on every class, the label's included, so
+that the label keeps 1 - s + s / C. "shallue" (Shallue et al., 2019): s / (C - 1) on every other class, so that it keeps 1 - s."""
+
+
+class DataOptions(TypedDict, total=False):
+  """Where the data of a named workload come from: its own keyword arguments, all optional."""
+
+  data_dir: str | None
+  """Where prepared data sets lie, or go."""
+  manual_dir: str | None
+  """Where raw files lie already."""
+  fake_data: bool
+  """Random data of the right shapes instead, without any file."""
+
+
+def cross_entropy(logits: Array, label: Array, smoothing: float = 0.0, convention: Smoothing = "szegedy") -> Array:
+  """Computes the softmax cross-entropy, in nats, with integer labels that may be smoothed.
+
+      - sum_c q_c log softmax(logits)_c,        q the smoothed label (`Smoothing`)
+
+  `f32[..., C], i32[...] -> f32[...]`. A label of C or more gives NaN.
+  """
+  plain = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  if smoothing == 0.0:
+    return plain
+  classes = logits.shape[-1]
+  other = smoothing / (classes if convention == "szegedy" else classes - 1)  # what a class gets that is not the label
+  uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+  return (1 - classes * other) * plain + classes * other * uniform
 
 
 def classification(
@@ -37,27 +49,48 @@ def classification(
   dataset: str,
   model: Model,
   *,
-  pixel_max: float,
   target: Target,
   preset: Preset,
+  pixel_max: float = 255.0,
+  standardise: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
   batch_norm: BatchNorm = "none",
-  data_dir: str | None = None,
-  manual_dir: str | None = None,
+  dropout: bool = False,
+  augment: Augment | None = None,
+  crop: int | None = None,
+  label_smoothing: float = 0.0,
+  smoothing: Smoothing = "szegedy",
+  **data: Unpack[DataOptions],
 ) -> Workload:
   """Builds a workload with mean softmax cross-entropy (natural logarithm) over integer labels.
 
   Pixels stay unsigned bytes on the device and become f32 in [0, 1] (divided by `pixel_max`) inside the loss.
+
+  Args:
+    standardise: mean and standard deviation of each channel, in [0, 1]: pixels are then taken relative to them.
+    dropout: whether the model drops units out in training.
+    augment: changes each training image, by the key of the step, before it is standardised; never in probes and evaluations.
+    crop: side of the central square that probes and evaluations see, where `augment` makes images of another size than the data have.
+    label_smoothing: of the loss that is trained and probed; metrics are without.
+    smoothing: its convention.
   """
 
   def scaled(images: Array) -> Array:
     return images.astype(jnp.float32) / pixel_max
 
+  def standardised(images: Array) -> Array:
+    if standardise is None:
+      return images
+    mean, std = (np.asarray(moment, np.float32) for moment in standardise)
+    return (images - mean) / std
+
   def example_logits(params: Params, model_state: ModelState, example: Example) -> Array:
-    logits, _ = model.apply(params, model_state, scaled(example["image"])[None], train=False)
+    image = scaled(example["image"])
+    seen = standardised(image if crop is None else center_crop(image, crop))
+    logits, _ = model.apply(params, model_state, seen[None], train=False)
     return logits[0]
 
   def output_loss(logits: Array, example: Example) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+    return cross_entropy(logits, example["label"], label_smoothing, smoothing)
 
   def example_loss(params: Params, model_state: ModelState, example: Example) -> Array:
     return output_loss(example_logits(params, model_state, example), example)
@@ -65,22 +98,25 @@ def classification(
   def example_metrics(params: Params, model_state: ModelState, example: Example) -> Metrics:
     logits = example_logits(params, model_state, example)
     return {
-      "loss": output_loss(logits, example),
+      "loss": cross_entropy(logits, example["label"]),
       "accuracy": (jnp.argmax(logits) == example["label"]).astype(jnp.float32),
     }
 
   def batch_loss(params: Params, model_state: ModelState, batch: Batch, key: Key) -> tuple[Array, ModelState]:
-    logits, new_model_state = model.apply(params, model_state, scaled(batch["image"]), train=True, key=key)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])), new_model_state
+    images = scaled(batch["image"])
+    if augment is not None:
+      images = augment_batch(augment, jax.random.fold_in(key, 1), images)
+    logits, new_model_state = model.apply(params, model_state, standardised(images), train=True, key=key)
+    return jnp.mean(cross_entropy(logits, batch["label"], label_smoothing, smoothing)), new_model_state
 
-  train, validation, test = (
-    load_source(dataset, split, data_dir=data_dir, manual_dir=manual_dir) for split in ("train", "validation", "test")
-  )
+  fake = data.pop("fake_data", False)
+  train, validation, test = (load_source(dataset, split, **data) for split in ("train", "validation", "test"))
+  derived = batch_norm == "none" and not dropout and augment is None
   return Workload(
-    name=name,
+    name=f"fake_{name}" if fake else name,
     init=jax.jit(model.init),
     example_loss=example_loss,
-    train_loss=mean_train_loss(example_loss) if batch_norm == "none" else batch_loss,
+    train_loss=mean_train_loss(example_loss) if derived else batch_loss,
     example_metrics=example_metrics,
     train=train,
     validation=validation,
@@ -90,139 +126,4 @@ def classification(
     batch_norm=batch_norm,
     example_outputs=example_logits,
     output_loss=output_loss,
-  )
-
-
-def digits_mlp(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """64-64-10 network with ReLU on the 1,797 digits of 8x8 pixels (1,024 to train on); P = 4,810."""
-  return classification(
-    "digits_mlp",
-    "digits",
-    mlp((8, 8, 1), (64,), 10),
-    pixel_max=16.0,
-    target=Target("validation_accuracy", 0.95, "max"),
-    preset=DIGITS_PRESET,
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def digits_cnn(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """Two 3x3 convolutions, one pooling and a dense layer on the digits."""
-  return classification(
-    "digits_cnn",
-    "digits",
-    cnn((8, 8, 1), 10),
-    pixel_max=16.0,
-    target=Target("validation_accuracy", 0.95, "max"),
-    preset=DIGITS_PRESET._replace(
-      batch_sizes=tuple(2**k for k in range(2, 11, 2)),
-      num_epochs=4,
-      num_steps=128,
-      num_rates=3,
-      tuning_seeds=2,
-      final_seeds=3,
-    ),
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def digits_vit(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """Two transformer blocks over the 16 patches of 2x2 pixels of the digits, width 32 and two heads; P = 18,090."""
-  return classification(
-    "digits_vit",
-    "digits",
-    vit((8, 8, 1), 10),
-    pixel_max=16.0,
-    target=Target("validation_accuracy", 0.9, "max"),
-    preset=DIGITS_PRESET._replace(
-      batch_sizes=(4, 16, 64, 256),
-      base_learning_rate=0.1,
-      num_epochs=8,
-      num_steps=256,
-      num_rates=3,
-      tuning_seeds=2,
-      final_seeds=3,
-    ),
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def mnist_mlp(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """784-64-10 network with ReLU on MNIST (55,000 to train on, Shallue et al.'s split); P = 50,890."""
-  return classification(
-    "mnist_mlp",
-    "mnist",
-    mlp((28, 28, 1), (64,), 10),
-    pixel_max=255.0,
-    target=Target("validation_accuracy", 0.95, "max"),
-    preset=MNIST_PRESET,
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def mnist_simple_cnn(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """Shallue et al. (2019), appendix B, Simple CNN (base): 5x5 convolutions of 32 and 64 channels, each with ReLU and a 2x2 max pool, a
-  dense layer of 1,024; P = 3,274,634. Their target on MNIST is an error of 1 %."""
-  return classification(
-    "mnist_simple_cnn",
-    "mnist",
-    cnn((28, 28, 1), 10, channels=(32, 64), kernel_size=5, pool_every=1, widths=(1024,)),
-    pixel_max=255.0,
-    target=Target("validation_accuracy", 0.97, "max"),
-    preset=SIMPLE_CNN_PRESET,
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def mnist_simple_cnn_narrow(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """Simple CNN (narrow): as `mnist_simple_cnn` with half of every width, 16 and 32 channels and 512 units; P = 821,706. The widths are our
-  choice: those of Shallue et al. were not to be found."""
-  return classification(
-    "mnist_simple_cnn_narrow",
-    "mnist",
-    cnn((28, 28, 1), 10, channels=(16, 32), kernel_size=5, pool_every=1, widths=(512,)),
-    pixel_max=255.0,
-    target=Target("validation_accuracy", 0.97, "max"),
-    preset=SIMPLE_CNN_PRESET,
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def mnist_f1(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """Keskar et al. (2017), Table 1, F1: 784, five layers of 512 with batch norm and ReLU, 10; P = 1,462,794.
-
-  Differs from the released code in evaluating with running averages (batch norm "running"), so that the loss of one
-  example is defined; theirs uses the statistics of whatever batch it is given, at test time too.
-  """
-  return classification(
-    "mnist_f1",
-    "mnist",
-    mlp((28, 28, 1), (512,) * 5, 10, batch_norm="running"),
-    pixel_max=255.0,
-    target=Target("validation_accuracy", 0.97, "max"),
-    preset=MNIST_F1_PRESET,
-    batch_norm="running",
-    data_dir=data_dir,
-    manual_dir=manual_dir,
-  )
-
-
-def mnist_f1_ghost(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
-  """F1 as `mnist_f1`, normalised in ghost batches of 64 in training (Hoffer et al., 2017), so that all batch sizes are normalised alike."""
-  return classification(
-    "mnist_f1_ghost",
-    "mnist",
-    mlp((28, 28, 1), (512,) * 5, 10, batch_norm="running", ghost_size=64),
-    pixel_max=255.0,
-    target=Target("validation_accuracy", 0.97, "max"),
-    preset=MNIST_F1_PRESET,
-    batch_norm="running",
-    data_dir=data_dir,
-    manual_dir=manual_dir,
   )

@@ -1,37 +1,19 @@
 """From a name, or a file and function of a user's own, to a `Workload`."""
 
+import functools
 import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from bsjax.workloads.classification import (
-  digits_cnn,
-  digits_mlp,
-  digits_vit,
-  mnist_f1,
-  mnist_f1_ghost,
-  mnist_mlp,
-  mnist_simple_cnn,
-  mnist_simple_cnn_narrow,
-)
 from bsjax.workloads.quadratic import quadratic
+from bsjax.workloads.vision import RECIPES, vision_workload
 from bsjax.workloads.workload import Workload, check_workload
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-  function.__name__: function
-  for function in (
-    digits_mlp,
-    digits_cnn,
-    digits_vit,
-    mnist_mlp,
-    mnist_f1,
-    mnist_f1_ghost,
-    mnist_simple_cnn,
-    mnist_simple_cnn_narrow,
-    quadratic,
-  )
+  **{name: functools.partial(vision_workload, name) for name in RECIPES},
+  "quadratic": quadratic,
 }
 
 
