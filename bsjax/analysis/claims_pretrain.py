@@ -136,7 +136,7 @@ def judge_finetune_small(study: Mapping, records: Records) -> Finding:
     here = {size: read_outcome(part, finals, size, arm, metric) for size in part["batch_sizes"]}
     outcomes |= {(name, size): outcome for size, outcome in here.items() if outcome is not None}
     whole = {size: o.errors for size, o in here.items() if o is not None and not o.diverged and len(o.errors) >= 2}
-    difference = _thirds(whole)
+    difference = thirds(whole)
     example = 100 / part["test_size"] if metric == "test_accuracy" else 0.0
     mean = float(np.mean([errors.mean() for errors in whole.values()])) if whole else math.nan
     verdict = positive(difference, least=max(ERROR_MARGIN * mean, example))
@@ -182,7 +182,7 @@ def _excess(part: Mapping, finals: Mapping[str, Record], size: int) -> _Excess:
   return _Excess(size, arms[size], relative, len(large.seeds), inside(relative, -math.inf, LOSS_MARGIN))
 
 
-def _thirds(errors: Mapping[int, np.ndarray]) -> Interval:
+def thirds(errors: Mapping[int, np.ndarray]) -> Interval:
   """Returns the mean error of the largest third of batch sizes minus that of the smallest third, at least one each."""
   sizes = sorted(errors)
   if len(sizes) < 2:

@@ -9,6 +9,7 @@ from bsjax.analysis.claims_pretrain import (
   judge_pretrain_large,
   noise_at_reference,
   pretrain_table,
+  thirds,
 )
 from tests.analysis.simulate_pretrain import ERRORS, FINETUNE_SIZES, LOSSES, SIZES, world
 
@@ -40,16 +41,24 @@ def test_nothing_lost_up_to_the_noise_scale_holds_whatever_is_lost_beyond():
   assert "Beyond the noise scale, and not judged: 128, 256" in finding.reading
 
 
-def test_a_loss_within_the_noise_scale_fails_and_shows_the_largest():
-  claim = pretrain(losses=LOSSES | {32: 1.2, 128: 1.5}, noise=200.0).claim
+def test_a_loss_within_the_noise_scale_fails_and_shows_the_largest_relative_to_the_smallest_batch_size():
+  claim = pretrain(losses={8: 2.0, 32: 3.0, 128: 2.4, 256: 2.0}, noise=200.0).claim
   assert claim.verdict == "fails"
   assert claim.measured == pytest.approx(0.5, abs=0.03)
+  assert claim.unit.endswith("batch size 32")
+
+
+def test_what_holds_shows_the_largest_batch_size_and_less_loss_is_no_loss():
+  claim = pretrain(losses=LOSSES | {32: 1.03, 128: 0.8}, noise=200.0).claim
+  assert claim.verdict == "holds"
   assert claim.unit.endswith("batch size 128")
+  assert claim.measured == pytest.approx(-0.2, abs=0.03)
 
 
 def test_a_difference_that_straddles_the_margin_is_open():
   assert pretrain(losses=LOSSES | {32: 1.05}, spread=0.05).claim.verdict == "inconclusive"
   assert pretrain(losses=LOSSES | {32: 1.03}, spread=0.005).claim.verdict == "holds"
+  assert pretrain(losses=LOSSES | {32: 1.08}, spread=0.005).claim.verdict == "fails"
 
 
 def test_without_a_noise_scale_or_a_batch_size_below_it_nothing_is_judged():
@@ -116,10 +125,25 @@ def test_a_difference_below_one_test_example_is_none():
   assert finding.claim.verdict == "fails"
 
 
+def test_a_difference_below_a_tenth_of_the_error_is_none():
+  finding = finetune(errors=dict.fromkeys(FINETUNE_SIZES, 5.0), spread=0.3)
+  assert 0.2 < finding.series["difference_high"].max() < 0.5
+  assert finding.claim.verdict == "fails"
+
+
+def test_thirds_are_means_of_several_batch_sizes():
+  errors = {
+    size: np.full(2, mean) for size, mean in zip((1, 2, 4, 8, 16, 32), (1.0, 2.0, 9.0, 9.0, 3.0, 6.0), strict=True)
+  }
+  assert thirds(errors).value == pytest.approx(4.5 - 1.5)
+
+
 def test_batch_sizes_with_diverged_seeds_are_left_out_and_told():
   finding = finetune(diverged={("finetune_small", "adamw_warmup_cosine", 256): 1}, spread=0.0)
   assert finding.series["difference"] == pytest.approx([0.5, 1.0])  # 2.5 at 64 is the largest that is left
   assert "Left out, for seeds that diverged: batch size 256." in finding.reading
+  first = finetune(diverged={("finetune_small", "adamw_warmup_cosine", 4): 1}, spread=0.0)
+  assert "is 2.2 at 16, pre-trained at 8; 2 at 4, pre-trained at 256" in first.reading
 
 
 def test_a_task_without_accuracy_is_judged_by_its_loss():

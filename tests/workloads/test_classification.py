@@ -110,9 +110,9 @@ def test_smoothing_is_in_the_loss_and_not_in_the_metrics(example):
   assert float(smoothed.example_loss(params, {}, example)) > float(plain.example_loss(params, {}, example))
   assert smoothed.example_metrics(params, {}, example) == plain.example_metrics(params, {}, example)
   batch = {name: jnp.asarray(array)[None] for name, array in example.items()}
-  assert float(smoothed.train_loss(params, {}, batch, KEY)[0]) == pytest.approx(
-    float(smoothed.example_loss(params, {}, example)), rel=1e-6
-  )
+  for workload in (smoothed, make(label_smoothing=0.2, augment=lambda key, image: image)):
+    loss, _ = workload.train_loss(params, {}, batch, KEY)
+    assert float(loss) == pytest.approx(float(smoothed.example_loss(params, {}, example)), rel=1e-6)
 
 
 def test_without_batch_norm_dropout_and_augmentation_training_is_the_mean_of_example_losses():
