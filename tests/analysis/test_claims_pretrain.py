@@ -126,7 +126,7 @@ def test_a_difference_below_one_test_example_is_none():
 
 
 def test_a_difference_below_a_tenth_of_the_error_is_none():
-  finding = finetune(errors=dict.fromkeys(FINETUNE_SIZES, 5.0), spread=0.3)
+  finding = finetune(errors=dict.fromkeys(FINETUNE_SIZES, 5.0), spread=0.2)
   assert 0.2 < finding.series["difference_high"].max() < 0.5
   assert finding.claim.verdict == "fails"
 
