@@ -10,25 +10,34 @@ from bsjax.data.augment import (
   scaled_crop,
   shifted_crop,
 )
-from bsjax.data.load import DataError, load_source
+from bsjax.data.datasets import DATASETS, DataError, Dataset, split_size
+from bsjax.data.load import describe_data, is_prepared, load_source, prepare_data
 from bsjax.data.order import epoch_permutation, independent_indices, segment_indices
+from bsjax.data.prepare import describe_needs
 from bsjax.data.source import RecordSource, Source, Spec
 
 __all__ = [
+  "DATASETS",
   "Augment",
   "DataError",
+  "Dataset",
   "RecordSource",
   "Source",
   "Spec",
   "augment_batch",
   "center_crop",
   "chain",
+  "describe_data",
+  "describe_needs",
   "epoch_permutation",
   "flip",
   "independent_indices",
+  "is_prepared",
   "load_source",
+  "prepare_data",
   "rotated_shift",
   "scaled_crop",
   "segment_indices",
   "shifted_crop",
+  "split_size",
 ]

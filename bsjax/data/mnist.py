@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST as TFDS defines them, prepared without TensorFlow.
+"""MNIST, Fashion-MNIST and KMNIST as TFDS defines them, prepared without TensorFlow.
 
 The stock builders unpack the raw files and encode the images with TensorFlow, though nothing in the result needs it. The
 builders here keep the stock name, version, features, addresses and digests, and write the same examples in the same order;
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.image_classification import MNIST, FashionMNIST
+from tensorflow_datasets.image_classification import KMNIST, MNIST, FashionMNIST
 
 _FILES = {
   "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -43,15 +43,23 @@ def _read_gzip(path: Any, header: int) -> np.ndarray:
 
 
 # The stock builders keep their place under these names. They are imported above, because TFDS imports them late, and what is
-# first imported inside the `with` would never be registered.
+# first imported inside the `with` would never be registered. A subclass elsewhere would not find the digests by itself.
 with tfds.core.registered.skip_registration():
 
   class Mnist(_WithoutTensorFlow, MNIST):
     """Builds `mnist`."""
 
     name = "mnist"
+    url_infos = MNIST.url_infos
 
   class FashionMnist(_WithoutTensorFlow, FashionMNIST):
     """Builds `fashion_mnist`."""
 
     name = "fashion_mnist"
+    url_infos = FashionMNIST.url_infos
+
+  class Kmnist(_WithoutTensorFlow, KMNIST):
+    """Builds `kmnist`."""
+
+    name = "kmnist"
+    url_infos = KMNIST.url_infos
