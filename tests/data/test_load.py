@@ -1,5 +1,6 @@
 """Where `load_source` looks, what it refuses, and what a killed or a second process does to it."""
 
+import dataclasses
 import hashlib
 import http.server
 import os
@@ -10,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import zipfile
 
 import numpy as np
 import pytest
 
 import bsjax
-from bsjax.data import DataError, load, load_source
+from bsjax.data import DATASETS, DataError, folders, load, load_source, prepare
 
 PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
 
@@ -51,7 +51,7 @@ def refuse(*args, **kwargs):
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-  with pytest.raises(DataError, match=r"unknown data set 'minst'; known are digits, fashion_mnist, mnist\."):
+  with pytest.raises(DataError, match=r"unknown data set 'minst'; known are digits, mnist, .*, lm1b\.$"):
     load_source("minst", "train", data_dir=tmp_path)
   with pytest.raises(DataError, match=r"unknown split 'dev' of digits; known are train, validation, test\."):
     load_source("digits", "dev", data_dir=tmp_path)
@@ -61,7 +61,7 @@ def test_unknown_names_list_the_known_ones(tmp_path):
 
 
 def test_missing_raw_file_without_a_network_fails_at_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(load, "_answers", lambda url: False)
+  monkeypatch.setattr(prepare, "_answers", lambda url: False)
   with pytest.raises(DataError) as error:
     load_source("mnist", "train", data_dir=tmp_path)
   message = str(error.value)
@@ -76,19 +76,24 @@ def test_missing_raw_file_without_a_network_fails_at_once(tmp_path, monkeypatch)
 
 
 def test_a_given_manual_dir_is_not_replaced_by_a_download(tmp_path, monkeypatch):
-  monkeypatch.setattr(load, "_answers", refuse)
+  monkeypatch.setattr(prepare, "_answers", refuse)
   with pytest.raises(DataError, match="which is not in .*/raw/mnist or .*/raw; put it there"):
     load_source("mnist", "train", data_dir=tmp_path, manual_dir=tmp_path / "raw")
 
 
-def test_wrong_digest_names_file_expected_and_found(tmp_path, monkeypatch):
-  monkeypatch.setattr(load, "_answers", lambda url: True)
+@pytest.mark.parametrize(("content", "what"), [(b"not MNIST", "bytes"), (b"0" * 4542, "sha256")])
+def test_wrong_file_names_what_was_expected_and_found(tmp_path, monkeypatch, content, what):
+  """Of another size, and of the right size with other bytes: 4,542 is that of the file."""
+  monkeypatch.setattr(prepare, "_answers", lambda url: True)
   path = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
   path.parent.mkdir()
-  path.write_bytes(b"not MNIST")
-  found = hashlib.sha256(b"not MNIST").hexdigest()
-  expected = "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
-  with pytest.raises(DataError, match=f"{path} .* expected sha256 {expected}, found {found}"):
+  path.write_bytes(content)
+  digest = "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"
+  expected, found = {
+    "bytes": (f"4,542 bytes with sha256 {digest}", "9 bytes"),
+    "sha256": (f"sha256 {digest}", f"sha256 {hashlib.sha256(content).hexdigest()}"),
+  }[what]
+  with pytest.raises(DataError, match=f"{path} .* expected {expected}, found {found}; replace or remove it"):
     load_source("mnist", "train", data_dir=tmp_path)
 
 
@@ -104,23 +109,23 @@ def test_wrong_digest_names_file_expected_and_found(tmp_path, monkeypatch):
   ],
 )
 def test_raw_files_are_found(tmp_path, monkeypatch, given_as, place):
-  import tensorflow_datasets as tfds
-
   contents = {"a.gz": b"a", "b.gz": b"b"}
-  url_infos = {
-    f"http://host/{file}": types.SimpleNamespace(filename=file, checksum=hashlib.sha256(content).hexdigest())
+  files = [
+    prepare.RawFile(file, f"http://host/{file}", len(content), hashlib.sha256(content).hexdigest(), by_hand=False)
     for file, content in contents.items()
-  }
-  monkeypatch.setattr(tfds, "builder_cls", lambda name: types.SimpleNamespace(url_infos=url_infos))
+  ]
+  monkeypatch.setattr(prepare, "raw_files", lambda dataset: files)
+  letters = dataclasses.replace(DATASETS["mnist"], tfds_name="letters")
   (tmp_path / "a.gz").write_bytes(b"a")  # a part of the files elsewhere is passed over
   folder = tmp_path / "given" / place
   folder.mkdir(parents=True)
   for file, content in contents.items():
     (folder / file).write_bytes(content)
   manual_dir = tmp_path / "given" if given_as == "manual_dir" else None
-  roots = [tmp_path] if manual_dir else [tmp_path, tmp_path / "given"]
-  folders = load._raw_folders("letters", roots, manual_dir)
-  assert load._check_raw_files("letters", folders, may_download=False) == folder
+  monkeypatch.setattr(folders, "is_writable", lambda folder: False)  # so that two folders are searched
+  monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "given"))
+  found = folders.find_folders("letters", tmp_path, manual_dir)
+  assert prepare.check_raw_files(letters, found) == folder
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -138,19 +143,19 @@ def test_answers_asks_the_host(monkeypatch):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     host = f"http://127.0.0.1:{server.server_port}"
-    answers = [load._answers(f"{host}/{path}") for path in ("there", "gone")]
+    answers = [prepare._answers(f"{host}/{path}") for path in ("there", "gone")]
     server.shutdown()
     thread.join()
   assert answers == [True, False]
-  assert not load._answers(f"{host}/there")  # closed by now
+  assert not prepare._answers(f"{host}/there")  # closed by now
 
 
 def test_answers_gives_up_on_a_silent_host(monkeypatch):
   monkeypatch.setenv("no_proxy", "127.0.0.1")
-  monkeypatch.setattr(load, "_ANSWER_SECONDS", 0.2)
+  monkeypatch.setattr(prepare, "_ANSWER_SECONDS", 0.2)
   with socket.create_server(("127.0.0.1", 0)) as server:
     start = time.monotonic()
-    assert not load._answers(f"http://127.0.0.1:{server.getsockname()[1]}/there")
+    assert not prepare._answers(f"http://127.0.0.1:{server.getsockname()[1]}/there")
     assert time.monotonic() - start < 5  # without the limit it would wait for ever
 
 
@@ -164,7 +169,7 @@ def test_environment_names_the_folder(tmp_path, monkeypatch, expected):
 
 
 def test_read_only_folder_is_left_alone(tmp_path, monkeypatch, expected):
-  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "cache"))
   read_only = tmp_path / "read_only"
   read_only.mkdir(mode=0o555)
   assert_same(load_source("digits", "train", data_dir=read_only).arrays, expected)
@@ -173,18 +178,18 @@ def test_read_only_folder_is_left_alone(tmp_path, monkeypatch, expected):
 
 
 def test_prepared_copy_in_a_read_only_folder_is_used(digits_dir, tmp_path, monkeypatch, expected):
-  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "cache"))
-  monkeypatch.setattr(load, "_prepare", refuse)
-  shutil.rmtree(digits_dir / "decoded")
+  monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "cache"))
+  monkeypatch.setattr(load, "prepare_copy", refuse)
+  shutil.rmtree(digits_dir / "arrays")
   digits_dir.chmod(0o555)
   assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
   digits_dir.chmod(0o755)
-  assert not (digits_dir / "decoded").exists()
+  assert not (digits_dir / "arrays").exists()
 
 
 def test_no_writable_folder_is_an_error(tmp_path, monkeypatch):
   tmp_path.joinpath("read_only").mkdir(mode=0o555)
-  monkeypatch.setattr(load, "_DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
+  monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
   with pytest.raises(DataError, match="cannot write into .*pass --data_dir=<a writable folder>"):
     load_source("digits", "train", data_dir=tmp_path / "read_only")
 
@@ -209,16 +214,16 @@ def _claim_other_format(folder):
 
 @pytest.mark.parametrize("damage", [_truncate_shard, _empty, _claim_other_format])
 def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
-  shutil.rmtree(digits_dir / "decoded")
+  shutil.rmtree(digits_dir / "arrays")
   damage(digits_dir / "digits" / "1.0.0")
   with pytest.raises(DataError, match=r"/data/digits.*pass another --data_dir\.$") as error:
     load_source("digits", "train", data_dir=digits_dir)
   assert "\n" not in str(error.value)
 
 
-def test_decoded_arrays_need_neither_tfds_nor_a_writable_folder(digits_dir, monkeypatch, expected):
-  monkeypatch.setattr(load, "_builder", refuse)
-  monkeypatch.setattr(load, "_is_writable", lambda folder: False)
+def test_kept_arrays_need_neither_tfds_nor_a_writable_folder(digits_dir, monkeypatch, expected):
+  monkeypatch.setattr(load, "make_builder", refuse)
+  monkeypatch.setattr(folders, "is_writable", lambda folder: False)
   assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
 
 
@@ -233,8 +238,8 @@ def _claim_fewer_examples(content):
 @pytest.mark.parametrize(
   "damage", [_flip_a_pixel, _claim_fewer_examples, lambda content: content[:-100], lambda content: b""]
 )
-def test_damaged_decoded_arrays_are_decoded_again(digits_dir, damage, expected):
-  path = digits_dir / "decoded" / "digits" / "train.npz"
+def test_damaged_arrays_are_decoded_again(digits_dir, damage, expected):
+  path = digits_dir / "arrays" / "digits" / "train.npz"
   whole = path.read_bytes()
   path.write_bytes(damage(whole))
   assert path.read_bytes() != whole
