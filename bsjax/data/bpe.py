@@ -7,32 +7,36 @@ found, so losses per token cannot be compared with theirs; the digest of ours is
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-SENTENCES = "train[:1000000]"  # what the vocabulary is learned from; more would change rare words only
+from bsjax.data.datasets import DataError
+
+_NUM_SENTENCES = 1_000_000  # to learn from; more would change rare words only
 _EOS_ID, _UNKNOWN_ID, _NONE = 0, 1, -1
 
 
 def train_bpe(texts: Iterable[list[bytes]], vocabulary_size: int) -> bytes:
-  """Learns a vocabulary from sentences and returns SentencePiece's model file: token 0 ends a sentence.
+  """Learns a vocabulary from the first million sentences and returns SentencePiece's model file: token 0 ends a sentence.
 
   Raises:
-    ValueError: the sentences are too few for a vocabulary of this size.
+    DataError: the sentences are too few for a vocabulary of this size.
   """
   import sentencepiece
 
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=(text.decode() for chunk in texts for text in chunk),
+      sentence_iterator=itertools.islice((text.decode() for chunk in texts for text in chunk), _NUM_SENTENCES),
       model_writer=model,
       model_type="bpe",
       vocab_size=vocabulary_size,
       byte_fallback=True,
       normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
       eos_id=_EOS_ID,
       unk_id=_UNKNOWN_ID,
       bos_id=_NONE,
@@ -40,7 +44,7 @@ def train_bpe(texts: Iterable[list[bytes]], vocabulary_size: int) -> bytes:
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise ValueError(f"no vocabulary of {vocabulary_size:,} subwords: {error}") from error
+    raise DataError(f"no vocabulary of {vocabulary_size:,} subwords: {' '.join(str(error).split())}") from error
   return model.getvalue()
 
 

@@ -172,7 +172,7 @@ def _decode(dataset: Dataset, part: str, root: Path, folders: Folders) -> dict[s
   check_extra(dataset)
   if model is None:
     model = _vocabulary_path(folders.own, dataset)
-    learned = bpe.train_bpe(read_texts(dataset, bpe.SENTENCES, root), dataset.num_labels)
+    learned = bpe.train_bpe(read_texts(dataset, "train", root), dataset.num_labels)
     write_whole(model, lambda file: file.write(learned))
   return {"tokens": np.concatenate(list(bpe.encode_sentences(model.read_bytes(), read_texts(dataset, part, root))))}
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from bsjax.data import load_source
+from bsjax.data import DATASETS, load_source, split_size
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 RAW = pathlib.Path(os.environ.get("BSJAX_RAW_DATA", REPOSITORY.parent / "shared" / "data")) / "mnist"
@@ -80,3 +80,16 @@ def test_mnist_holds_the_raw_examples_and_needs_no_tensorflow(tmp_path):
   assert [examples[i]["label"] for i in range(5)] == [4, 1, 0, 7, 8]
   pixels, labels = (np.stack([example[name] for example in some]) for name in ("image", "label"))
   assert set(rows(pixels, labels)) <= set(raw_train)
+
+  # The table's numbers of the ten digits, which it cannot know without the files.
+  unread = tfds.data_source(
+    "mnist", split="train", data_dir=tmp_path, download=False, decoders={"image": tfds.decode.SkipDecoding()}
+  )
+  all_labels = np.array([example["label"] for example in unread.__getitems__(range(60_000))])
+  for name, digits in (("mnist_0to4", range(5)), ("mnist_5to9", range(5, 10))):
+    for split, split_labels in (
+      ("train", all_labels[:55_000]),
+      ("validation", all_labels[55_000:]),
+      ("test", test["label"]),
+    ):
+      assert split_size(DATASETS[name], split) == np.isin(split_labels, digits).sum()
