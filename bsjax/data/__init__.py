@@ -11,6 +11,7 @@ from bsjax.data.augment import (
   shifted_crop,
 )
 from bsjax.data.datasets import DATASETS, DataError, Dataset, split_size
+from bsjax.data.datasets import DATASETS, DataError, Dataset, Split, split_size
 from bsjax.data.load import describe_data, is_prepared, load_source, prepare_data
 from bsjax.data.order import epoch_permutation, independent_indices, segment_indices
 from bsjax.data.prepare import describe_needs
@@ -24,6 +25,7 @@ __all__ = [
   "RecordSource",
   "Source",
   "Spec",
+  "Split",
   "augment_batch",
   "center_crop",
   "chain",

@@ -8,6 +8,7 @@ this lies is told in `folders.py`.
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from bsjax.data.folders import Folders, PathLike, find_folders, is_writable, loc
 from bsjax.data.prepare import check_extra, describe_raw_files, make_builder, prepare_copy, quiet
 from bsjax.data.read import decode_photo, open_records, read_images, read_texts
 from bsjax.data.source import RecordSource, Source
+
+AnySource = TypeVar("AnySource", Source, RecordSource)
 
 
 def load_source(
@@ -68,13 +71,12 @@ def load_source(
   folders = find_folders(dataset.tfds_name, data_dir, manual_dir)
   wanted = dataset.splits[split]
   if dataset.by_record:
-    return _record_source(name, split, dataset, folders)
+    return _not_empty(_record_source(name, split, dataset, folders))
   arrays = _select(dataset, wanted, [_part(dataset, part, folders) for part in wanted.parts])
   if length is not None:
     arrays = {"tokens": _blocks(arrays["tokens"], length)}
-  if not len(next(iter(arrays.values()))):
-    raise DataError(f"split {split!r} of {name} holds no example" + (f" of length {length}." if length else "."))
-  return Source(_recorded_name(name, dataset, folders), split, arrays)
+  source = Source(_recorded_name(name, dataset, folders), split, arrays)
+  return _not_empty(source, f" of length {length}" if length else "")
 
 
 def prepare_data(name: str, *, data_dir: PathLike | None = None, manual_dir: PathLike | None = None) -> Path:
@@ -200,6 +202,12 @@ def _recorded_name(name: str, dataset: Dataset, folders: Folders) -> str:
 
 
 # Parts -> splits.
+
+
+def _not_empty(source: AnySource, of_what: str = "") -> AnySource:
+  if not len(source):
+    raise DataError(f"split {source.split!r} of {source.name} holds no example{of_what}.")
+  return source
 
 
 def _select(dataset: Dataset, split: Split, parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
