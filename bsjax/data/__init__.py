@@ -10,7 +10,6 @@ from bsjax.data.augment import (
   scaled_crop,
   shifted_crop,
 )
-from bsjax.data.datasets import DATASETS, DataError, Dataset, split_size
 from bsjax.data.datasets import DATASETS, DataError, Dataset, Split, split_size
 from bsjax.data.load import describe_data, is_prepared, load_source, prepare_data
 from bsjax.data.order import epoch_permutation, independent_indices, segment_indices
