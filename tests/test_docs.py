@@ -8,7 +8,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("name", ["noise.md", "curvature.md"])
+@pytest.mark.parametrize("name", ["data.md", "noise.md", "curvature.md"])
 def test_examples_of_the_docs(name: str) -> None:
   failed, tried = doctest.testfile(str(DOCS / name), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
   assert tried > 0

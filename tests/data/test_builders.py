@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from bsjax.data import DATASETS, load_source
+from bsjax.data import DATASETS, load_source, read
 from bsjax.data.prepare import _builder_class
 from tests.data.raw_files import NUM_TEST, NUM_TRAIN, small_table, stock_tensorflow, write_raw_files
 
@@ -93,6 +93,7 @@ def test_what_was_prepared_is_read_by_the_stock_builder(name, tmp_path, monkeypa
   tfds_name = DATASETS[name].tfds_name
   write_raw_files(tfds_name, tmp_path / "raw")
   small_table(monkeypatch, name, tmp_path / "raw")
+  monkeypatch.setattr(read, "_CHUNK", 7)  # so that these few are read in several goes
   length = 10 if DATASETS[name].is_text else None
   train, validation, test = (
     load_source(name, split, data_dir=tmp_path, manual_dir=tmp_path / "raw", length=length)

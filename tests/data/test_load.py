@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import bsjax
-from bsjax.data import DATASETS, DataError, folders, load, load_source, prepare
+from bsjax.data import DATASETS, DataError, arrays, folders, load, load_source, prepare
 
 PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
 
@@ -40,10 +40,10 @@ def expected(prepared):
   return load_source("digits", "train", data_dir=prepared).arrays
 
 
-def assert_same(arrays, expected):
-  assert arrays.keys() == expected.keys()
+def assert_same(found, expected):
+  assert found.keys() == expected.keys()
   for name in expected:
-    np.testing.assert_array_equal(arrays[name], expected[name], strict=True)
+    np.testing.assert_array_equal(found[name], expected[name], strict=True)
 
 
 def refuse(*args, **kwargs):
@@ -274,15 +274,15 @@ def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path, expected):
 
 _COUNTED = """
 import pathlib, sys, time
-from bsjax.data import digits, load_source
-folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-split = digits.Digits._split_generators
-def counted(self, dl_manager):
-  (folder / f"{name}.prepares").touch()
+from bsjax.data import load, load_source
+folder, name, step = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+real = getattr(load, step)
+def counted(*args):
+  (folder / f"{name}.works").touch()
   while not (folder / "go").exists():
     time.sleep(0.02)
-  return split(self, dl_manager)
-digits.Digits._split_generators = counted
+  return real(*args)
+setattr(load, step, counted)
 (folder / f"{name}.started").touch()
 assert len(load_source("digits", "train", data_dir=folder / "data")) == 1024
 """
@@ -295,15 +295,48 @@ def _wait_for(path):
     time.sleep(0.02)
 
 
-def test_of_two_processes_one_prepares_and_the_other_waits(tmp_path):
+@pytest.mark.parametrize("step", ["prepare_copy", "_decode"])
+def test_of_two_processes_one_works_and_the_other_waits(tmp_path, step):
   def start(name):
-    return subprocess.Popen([sys.executable, "-c", _COUNTED, str(tmp_path), name], cwd=PACKAGE_ROOT)
+    return subprocess.Popen([sys.executable, "-c", _COUNTED, str(tmp_path), name, step], cwd=PACKAGE_ROOT)
 
   first = start("first")
-  _wait_for(tmp_path / "first.prepares")
+  _wait_for(tmp_path / "first.works")
   second = start("second")
   _wait_for(tmp_path / "second.started")
-  time.sleep(1)  # without the lock it would be preparing by now
+  time.sleep(1)  # without the lock it would be at work by now
   (tmp_path / "go").touch()
   assert (first.wait(60), second.wait(60)) == (0, 0)
-  assert not (tmp_path / "second.prepares").exists()
+  assert not (tmp_path / "second.works").exists()
+
+
+def test_a_copy_is_made_once_without_arrays_too(tmp_path, monkeypatch):
+  """As for a data set that is read by record. Threads do for processes here: the lock belongs to the open file."""
+  digits, calls = DATASETS["digits"], []
+  where = folders.find_folders("digits", tmp_path, None)
+  real = load.prepare_copy
+
+  def slow(*args):
+    calls.append(args)
+    time.sleep(0.5)
+    real(*args)
+
+  monkeypatch.setattr(load, "prepare_copy", slow)
+  load.make_builder(digits, tmp_path)  # imports
+  threads = [threading.Thread(target=load._copy, args=(digits, where)) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(calls) == 1
+  assert load._copy(digits, where) == tmp_path
+
+
+def test_arrays_appear_whole_or_not_at_all(tmp_path):
+  def stopped(file):
+    file.write(b"half of it")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    arrays.write_whole(tmp_path / "train.npz", stopped)
+  assert not (tmp_path / "train.npz").exists()
