@@ -48,7 +48,7 @@ class Dataset:
     labels: keeps the examples with these labels, renumbered from 0; None keeps all.
     pixel_max: the largest value of a pixel.
     by_record: read record by record (`RecordSource`), because the whole would not fit into memory.
-    extra: the extra of the package (`pip install 'bsjax[EXTRA]'`) without which it cannot be prepared; empty for none.
+    extra: the extra of the package (`bsjax[EXTRA]`) without which it cannot be prepared; empty for none.
   """
 
   tfds_name: str

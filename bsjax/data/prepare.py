@@ -21,7 +21,10 @@ from bsjax.data.datasets import DataError, Dataset
 from bsjax.data.folders import Folders
 
 _ANSWER_SECONDS = 5.0
-EXTRAS = {"tf": "tensorflow", "lm1b": "sentencepiece"}  # extra of the package: the module that it brings
+EXTRAS = {  # of pyproject.toml: the module that each brings, and how to get it
+  "tf": ("tensorflow", "tensorflow-cpu==2.21.0"),
+  "lm1b": ("sentencepiece", "sentencepiece==0.2.3"),
+}
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -134,7 +137,7 @@ def describe_needs(dataset: Dataset) -> str:
   if files and files[0].by_hand:
     needs.append("downloaded by hand")
   if dataset.extra:
-    needs.append(f"bsjax[{dataset.extra}]")
+    needs.append(EXTRAS[dataset.extra][1])
   return ", ".join(needs) or "nothing"
 
 
@@ -197,10 +200,13 @@ def check_extra(dataset: Dataset) -> None:
   Raises:
     DataError: with the command that installs it.
   """
-  if dataset.extra and importlib.util.find_spec(EXTRAS[dataset.extra]) is None:
+  if not dataset.extra:
+    return
+  module, requirement = EXTRAS[dataset.extra]
+  if importlib.util.find_spec(module) is None:
     raise DataError(
-      f"{dataset.tfds_name} needs {EXTRAS[dataset.extra]} to be prepared, which is not installed: pip install 'bsjax[{dataset.extra}]'; "
-      "once prepared it is read without."
+      f"{dataset.tfds_name} needs {module} to be prepared, which is not installed: pip install {requirement} "
+      f"(the extra bsjax[{dataset.extra}]); once prepared it is read without."
     )
 
 

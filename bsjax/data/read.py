@@ -11,7 +11,7 @@ import numpy as np
 from bsjax.data.datasets import DataError, Dataset
 from bsjax.data.prepare import make_builder, one_line
 
-_CHUNK = 10_000  # records in memory beside the arrays
+_CHUNK = 1_000  # records in memory beside the arrays
 
 
 @dataclass(frozen=True, eq=False)

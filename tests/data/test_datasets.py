@@ -1,11 +1,14 @@
 """The table of data sets, against TFDS's own descriptions, the numbers of the papers, and itself."""
 
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from bsjax.data import DATASETS, DataError, load_source, split_size
 from bsjax.data.datasets import find_dataset
-from bsjax.data.prepare import _builder_class
+from bsjax.data.prepare import EXTRAS, _builder_class
 
 IMAGES = [name for name, dataset in DATASETS.items() if not dataset.is_text]
 
@@ -103,6 +106,13 @@ def test_a_row_is_found_by_name_only():
   assert find_dataset("svhn").tfds_name == "svhn_cropped"
   with pytest.raises(DataError, match="unknown data set 'svhn_cropped'; known are .*svhn, svhn_extra"):
     find_dataset("svhn_cropped")
+
+
+def test_extras_are_those_of_the_package():
+  with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+  assert {name: [requirement] for name, (_, requirement) in EXTRAS.items()} == {name: extras[name] for name in EXTRAS}
+  assert {dataset.extra for dataset in DATASETS.values()} == {"", *EXTRAS}
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,10 @@ def without_tensorflow(monkeypatch, found):
 
 def test_preparing_says_how_to_install_tensorflow(tmp_path, monkeypatch):
   without_tensorflow(monkeypatch, found=False)
-  with pytest.raises(DataError, match=r"imagenet2012 needs tensorflow to be prepared, .*: pip install 'bsjax\[tf\]'"):
+  with pytest.raises(
+    DataError,
+    match=r"imagenet2012 needs tensorflow to be prepared, .*: pip install tensorflow-cpu==.* \(the extra bsjax\[tf\]\)",
+  ):
     load_source("imagenet2012_half_images", "train", data_dir=tmp_path)
 
 
