@@ -109,9 +109,12 @@ def describe_data(name: str, *, data_dir: PathLike | None = None, manual_dir: Pa
 
 
 def is_prepared(name: str, *, data_dir: PathLike | None = None) -> bool:
-  """Returns whether a prepared copy of the data set is there."""
+  """Returns whether a prepared copy of the data set is there, in array_record files."""
   dataset = find_dataset(name)
-  return _copy_root(dataset, find_folders(dataset.tfds_name, data_dir, None)) is not None
+  try:
+    return _copy_root(dataset, find_folders(dataset.tfds_name, data_dir, None)) is not None
+  except DataError:  # a copy in another format
+    return False
 
 
 # Copies and arrays.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import bsjax
-from bsjax.data import DATASETS, DataError, arrays, folders, load, load_source, prepare
+from bsjax.data import DATASETS, DataError, arrays, folders, is_prepared, load, load_source, prepare
 
 PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
 
@@ -219,6 +219,12 @@ def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
   with pytest.raises(DataError, match=r"/data/digits.*pass another --data_dir\.$") as error:
     load_source("digits", "train", data_dir=digits_dir)
   assert "\n" not in str(error.value)
+
+
+def test_a_copy_in_another_format_does_not_count_as_prepared(digits_dir):
+  assert is_prepared("digits", data_dir=digits_dir)
+  _claim_other_format(digits_dir / "digits" / "1.0.0")
+  assert not is_prepared("digits", data_dir=digits_dir)
 
 
 def test_kept_arrays_need_neither_tfds_nor_a_writable_folder(digits_dir, monkeypatch, expected):
