@@ -74,6 +74,9 @@ def choose_form(uses: Sequence[Use]) -> Form:
 
 
 def _as_matrix(use: Use) -> _Matrix | None:
+  if use.steps:
+    matrix = _as_matrix(use.first_step())
+    return None if matrix is None else _over_steps(matrix, use.steps)
   name = use.eqn.primitive.name
   if not use.weight.isometric or len(use.others) != 1 or use.others[0] is not None:
     return None
@@ -87,6 +90,18 @@ def _as_matrix(use: Use) -> _Matrix | None:
   if name == "gather" and use.position == 0:
     return _gather_matrix(use)
   return None
+
+
+def _over_steps(matrix: _Matrix, steps: int) -> _Matrix:
+  """Makes the positions of all steps of a loop positions of one use; operands and cotangents are `[n, steps, ...]`."""
+
+  def factors(batched: list[Array], cotangents: Array) -> tuple[Array, Array]:
+    flat, flat_cotangents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batched, cotangents))
+    rows, columns = matrix.factors(flat, flat_cotangents)
+    n = cotangents.shape[0]
+    return rows.reshape(n, -1, *rows.shape[2:]), columns.reshape(n, -1, *columns.shape[2:])
+
+  return matrix._replace(num_positions=steps * matrix.num_positions, factors=factors)
 
 
 def _dot_matrix(use: Use) -> _Matrix | None:

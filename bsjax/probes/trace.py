@@ -7,11 +7,14 @@ operation of a weight and batched values that is linear, or affine, in the weigh
 y_i = x_i * W passes a tap, so that the backward pass also hands out d_i = dl_i/dy_i. From all uses (x_i, d_i) of a
 parameter its per-example gradient follows, without the network or the model's code being touched.
 
+A `scan` is looked into where parameters enter it as constants, such as the recurrent kernel of a recurrent network: what
+does not change from step to step is computed before it, and a use in its body is one use with all steps of the loop.
+
 Everything that is not recognised is safe: the parameter is called opaque, with the reason, and its gradients have to be
-taken in another way. Loops (`scan`, `while`), `cond` and functions with their own derivative rule are not looked into.
+taken in another way. A `scan` in a `scan`, `while`, `cond` and functions with their own derivative rule are not looked into.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,9 +88,19 @@ class Use(NamedTuple):
   """The batched operands in order, f[n, ...]."""
   output: jax.ShapeDtypeStruct
   """What the operation returns for n examples."""
+  steps: int = 0
+  """In a loop: how many steps it has, an axis after n of the batched operands and of the output. Else 0, and no such axis."""
+
+  def first_step(self) -> "Use":
+    """The same operation outside the loop: with the operands of the first step."""
+    shape = (self.output.shape[0], *self.output.shape[2:])
+    output = jax.ShapeDtypeStruct(shape, self.output.dtype)
+    return self._replace(batched=[operand[:, 0] for operand in self.batched], output=output, steps=0)
 
   def apply_one(self, parameter: Array, *batched: Array) -> Array:
     """Evaluate the operation for one example, as a function of the parameter."""
+    if self.steps:
+      return jax.vmap(self._replace(steps=0).apply_one, (None, *(0 for _ in batched)))(parameter, *batched)
     rest = iter(batched)
     operands = [next(rest) if value is None else value for value in self.others]
     operands.insert(self.position, self.weight.image(parameter))
@@ -130,12 +143,12 @@ def evaluate_loss(
     taps: one array of zeros per use, shaped like its output; the derivative of a sum of losses with respect to it is d_i.
       None: no taps.
   """
-  evaluation = _Evaluation(taps)
+  evaluation = _Evaluation(None if taps is None else iter(taps))
   weights = [
     Weight(index, _same, tuple(range(array.ndim)), _same, True, None, array) for index, array in enumerate(params)
   ]
   arguments = [*weights, *(_Batched(array) for array in examples)]
-  (loss,) = evaluation.run(jaxpr.jaxpr, [_Shared(const) for const in jaxpr.consts], arguments)
+  (loss,) = evaluation.call(jaxpr, arguments)
   num_examples = examples[0].shape[0]
   losses = loss.value if isinstance(loss, _Batched) else jnp.broadcast_to(loss.value, (num_examples,))
   if isinstance(loss, Weight):
@@ -146,35 +159,39 @@ def evaluate_loss(
 class _Evaluation:
   """Walks the equations; collects the uses and what is opaque."""
 
-  def __init__(self, taps: Sequence[Array] | None) -> None:
-    self.taps = None if taps is None else iter(taps)
+  def __init__(self, taps: Iterator[Array] | None, *, in_loop: bool = False) -> None:
+    self.taps = taps
+    self.in_loop = in_loop
     self.uses: list[Use] = []
     self.opaque: dict[int, str] = {}
 
-  def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+  def call(self, function: Any, arguments: Sequence[Any]) -> list[Any]:
+    jaxpr, consts = _opened(function)
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+    self.run(jaxpr.eqns, known)
+    return [_read(known, atom) for atom in jaxpr.outvars]
 
-    def read(atom: Any) -> Any:
-      return _Shared(atom.val) if isinstance(atom, Literal) else known[atom]
-
-    for eqn in jaxpr.eqns:
-      results = self.step(eqn, [read(atom) for atom in eqn.invars])
+  def run(self, eqns: Sequence[JaxprEqn], known: dict[Any, Any]) -> None:
+    """Evaluates equations one after the other, adding what they return to what is known."""
+    for eqn in eqns:
+      results = self.step(eqn, [_read(known, atom) for atom in eqn.invars])
       known.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
 
   def step(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     weights = [position for position, operand in enumerate(operands) if isinstance(operand, Weight)]
     if weights and name in INLINED:
-      inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-      consts = inner.consts if isinstance(inner, ClosedJaxpr) else ()
-      return self.run(getattr(inner, "jaxpr", inner), [_Shared(const) for const in consts], operands)
-    if len(weights) == 1 and weights[0] in LINEAR_IN.get(name, ()) and _is_float(eqn.outvars[0]):
+      return self.call(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands)
+    batched = [isinstance(operand, _Batched) for operand in operands]
+    # In a loop other values than those of the examples may change from step to step: a weight is not mixed with them.
+    apart = not self.in_loop or 0 < sum(batched) == len(operands) - 1
+    if len(weights) == 1 and apart and weights[0] in LINEAR_IN.get(name, ()) and _is_float(eqn.outvars[0]):
       return [self.linear(eqn, operands, weights[0])]
+    if weights and name == "scan" and any(batched) and not self.in_loop:
+      return self.loop(eqn, operands)
     for position in weights:
       reason = f"meets another parameter in {name}" if len(weights) > 1 else f"flows into {name}"
       self.opaque.setdefault(operands[position].leaf, reason)
-    batched = [isinstance(operand, _Batched) for operand in operands]
     values = [operand.value for operand in operands]
     if not any(batched):
       return [_Shared(value) for value in _bind(eqn, values)]
@@ -194,6 +211,63 @@ class _Evaluation:
     output = jax.ShapeDtypeStruct(out.shape, out.dtype)
     self.uses.append(Use(eqn, position, operands[position], shared, batched, output))
     return _Batched(out)
+
+  def loop(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+    """Runs a `scan` whose body may use the weights among its constants; what is carried and scanned is batched."""
+    num_consts, num_carry, steps = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
+    jaxpr, consts = _opened(eqn.params["jaxpr"])
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars[:num_consts]], [*consts, *operands[:num_consts]], strict=True))
+    varying = []
+    for inner in jaxpr.eqns:
+      if all(isinstance(atom, Literal) or atom in known for atom in inner.invars):
+        self.run([inner], known)
+      else:
+        varying.append(inner)
+    num_examples = next(operand.value.shape[0] for operand in operands if isinstance(operand, _Batched))
+
+    def batched(operand: Any) -> Array:
+      if isinstance(operand, Weight):
+        self.opaque.setdefault(operand.leaf, "is carried through scan")
+      return operand.value if isinstance(operand, _Batched) else _spread(operand.value, num_examples)
+
+    uses: list[Use] = []
+
+    def body(carry: list[Array], inputs: tuple[list[Array], Sequence[Array] | None]) -> Any:
+      scanned, taps = inputs
+      evaluation = _Evaluation(None if taps is None else iter(taps), in_loop=True)
+      within = known | dict(zip(jaxpr.invars[num_consts:], map(_Batched, [*carry, *scanned]), strict=True))
+      evaluation.run(varying, within)
+      uses[:] = evaluation.uses  # not added: JAX may trace a body more than once
+      self.opaque |= evaluation.opaque
+      results = [batched(_read(within, atom)) for atom in jaxpr.outvars]
+      return results[:num_carry], (results[num_carry:], [use.batched for use in uses])
+
+    carry, scanned = [batched(x) for x in operands[num_consts:][:num_carry]], operands[num_consts + num_carry :]
+    scanned = [jnp.swapaxes(batched(x), 0, 1) for x in scanned]
+    jax.eval_shape(lambda: jax.lax.scan(body, carry, (scanned, None), length=steps))  # for the number of uses
+    taps = None if self.taps is None else [jnp.swapaxes(next(self.taps), 0, 1) for _ in uses]
+    options = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    carry, (stacked, used) = jax.lax.scan(body, carry, (scanned, taps), length=steps, **options)
+    for use, values in zip(uses, used, strict=True):
+      shape = (num_examples, steps, *use.output.shape[1:])
+      output = jax.ShapeDtypeStruct(shape, use.output.dtype)
+      self.uses.append(use._replace(batched=[jnp.swapaxes(x, 0, 1) for x in values], output=output, steps=steps))
+    return [*map(_Batched, carry), *(_Batched(jnp.swapaxes(x, 0, 1)) for x in stacked)]
+
+
+def _opened(function: Any) -> tuple[Any, list[_Shared]]:
+  """Separates a jaxpr, closed or not, from its constants."""
+  if isinstance(function, ClosedJaxpr):
+    return function.jaxpr, [_Shared(const) for const in function.consts]
+  return function, []
+
+
+def _read(known: Mapping[Any, Any], atom: Any) -> Any:
+  return _Shared(atom.val) if isinstance(atom, Literal) else known[atom]
+
+
+def _spread(value: Array, num_examples: int) -> Array:
+  return jnp.broadcast_to(value, (num_examples, *jnp.shape(value)))
 
 
 def _extended(eqn: JaxprEqn, weight: Weight, position: int, shared: tuple[Any, ...], value: Array) -> Weight:

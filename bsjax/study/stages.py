@@ -133,21 +133,17 @@ def _trial_of(
 
 
 def join_stages(records: Sequence[Record]) -> list[dict[str, Any]]:
-  """Strings the rows of all stages together, with steps and examples counted from the start of the training."""
+  """Strings the rows of all stages together, with steps, examples and tokens counted from the start of the training."""
   rows: list[dict[str, Any]] = []
-  step = examples = 0
+  before = dict.fromkeys(("step", "examples_seen", "tokens_seen"), 0)
   for record in records:
+    batch_size = {"batch_size": record.trial["config"]["batch_size"]}
     rows += [
-      row
-      | {
-        "step": step + row["step"],
-        "examples_seen": examples + row["examples_seen"],
-        "batch_size": record.trial["config"]["batch_size"],
-      }
+      row | {name: count + row[name] for name, count in before.items() if name in row} | batch_size
       for row in record.metrics
     ]
     if rows:
-      step, examples = rows[-1]["step"], rows[-1]["examples_seen"]
+      before = {name: rows[-1].get(name, 0) for name in before}
   return rows
 
 

@@ -246,6 +246,7 @@ class _Pool:
       keep_final,
     )
     self.target = workload.target
+    self.tokens_per_step = config.batch_size * workload.tokens_per_example
     self._init = _init(workload, config.optimizer)
     self.lanes: list[_Lane | None] = [None] * num_lanes(plan, mesh)
     self.group_of = lane_groups(len(self.lanes), plan.in_turn, mesh)
@@ -343,6 +344,7 @@ class _Pool:
           {
             "step": step,
             "examples_seen": step * self.config.batch_size,
+            **({"tokens_seen": step * self.tokens_per_step} if self.tokens_per_step else {}),
             "train_loss": host.train_loss[index, row],
             "minibatch_loss": host.minibatch_loss[index, row],
             **{f"validation_{name}": values[index, row] for name, values in host.validation.items()},

@@ -57,6 +57,8 @@ class Workload:
     batch_norm: which statistics `example_loss` uses; written in every record.
     example_outputs, output_loss: `example_loss` in two parts, `(params, model_state, example) -> outputs` and `(outputs, example) ->
       loss`, for the Gauss-Newton matrix; without both it is not measured.
+    tokens_per_example: predictions in one example of a text, the same in all; 0 where examples are no text. Rows of records then
+      count `tokens_seen` beside `examples_seen`.
   """
 
   name: str
@@ -72,6 +74,7 @@ class Workload:
   batch_norm: BatchNorm = "none"
   example_outputs: Callable[[Params, ModelState, Example], Array] | None = None
   output_loss: Callable[[Array, Example], Array] | None = None
+  tokens_per_example: int = 0
 
 
 def mean_train_loss(
