@@ -157,11 +157,15 @@ def evaluate_loss(
 
 
 class _Evaluation:
-  """Walks the equations; collects the uses and what is opaque."""
+  """Walks the equations; collects the uses and what is opaque.
 
-  def __init__(self, taps: Iterator[Array] | None, *, in_loop: bool = False) -> None:
+  In the body of a loop whatever is computed is batched, over `loop_examples`, so that a use there holds no value that changes from step
+  to step but those of its batched operands; and a weight is used, never extended.
+  """
+
+  def __init__(self, taps: Iterator[Array] | None, *, loop_examples: int = 0) -> None:
     self.taps = taps
-    self.in_loop = in_loop
+    self.loop_examples = loop_examples
     self.uses: list[Use] = []
     self.opaque: dict[int, str] = {}
 
@@ -183,18 +187,20 @@ class _Evaluation:
     if weights and name in INLINED:
       return self.call(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands)
     batched = [isinstance(operand, _Batched) for operand in operands]
-    # In a loop other values than those of the examples may change from step to step: a weight is not mixed with them.
-    apart = not self.in_loop or 0 < sum(batched) == len(operands) - 1
-    if len(weights) == 1 and apart and weights[0] in LINEAR_IN.get(name, ()) and _is_float(eqn.outvars[0]):
+    allowed = any(batched) or not self.loop_examples
+    if len(weights) == 1 and allowed and weights[0] in LINEAR_IN.get(name, ()) and _is_float(eqn.outvars[0]):
       return [self.linear(eqn, operands, weights[0])]
-    if weights and name == "scan" and any(batched) and not self.in_loop:
+    if weights and name == "scan" and any(batched) and not self.loop_examples:
       return self.loop(eqn, operands)
     for position in weights:
       reason = f"meets another parameter in {name}" if len(weights) > 1 else f"flows into {name}"
       self.opaque.setdefault(operands[position].leaf, reason)
     values = [operand.value for operand in operands]
     if not any(batched):
-      return [_Shared(value) for value in _bind(eqn, values)]
+      shared = _bind(eqn, values)
+      if self.loop_examples:
+        return [_Batched(_spread(value, self.loop_examples)) for value in shared]
+      return [_Shared(value) for value in shared]
     return [_Batched(value) for value in _bind_batched(eqn, values, batched)]
 
   def linear(self, eqn: JaxprEqn, operands: list[Any], position: int) -> Any:
@@ -234,7 +240,7 @@ class _Evaluation:
 
     def body(carry: list[Array], inputs: tuple[list[Array], Sequence[Array] | None]) -> Any:
       scanned, taps = inputs
-      evaluation = _Evaluation(None if taps is None else iter(taps), in_loop=True)
+      evaluation = _Evaluation(None if taps is None else iter(taps), loop_examples=num_examples)
       within = known | dict(zip(jaxpr.invars[num_consts:], map(_Batched, [*carry, *scanned]), strict=True))
       evaluation.run(varying, within)
       uses[:] = evaluation.uses  # not added: JAX may trace a body more than once

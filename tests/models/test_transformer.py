@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bsjax.models import language_model, vit
+from bsjax.models import TRANSFORMERS, language_model, vit, vit_s16
 
 KEY = jax.random.key(5)
 VOCAB, LENGTH = 11, 5
@@ -105,6 +105,11 @@ def block_size(width, mlp_ratio):
   return 2 * 2 * width + 4 * width**2 + 3 * width + 2 * mlp_ratio * width**2 + (mlp_ratio + 1) * width
 
 
+def decoder_size(width, depth):
+  """32,000 tokens, 64 positions, blocks with a feed-forward layer of 4 widths, and a LayerNorm."""
+  return (32_000 + 64) * width + depth * block_size(width, 4) + 2 * width
+
+
 @pytest.mark.parametrize(
   ("model", "expected"),
   [
@@ -113,6 +118,12 @@ def block_size(width, mlp_ratio):
     (language_model(64, 32), 64 * 128 + 32 * 128 + 2 * block_size(128, 4) + 2 * 128),
     (TIED, 11 * 8 + 5 * 8 + 2 * block_size(8, 3) + 2 * 8),
     (UNTIED, 11 * 8 + 5 * 8 + 2 * block_size(8, 3) + 2 * 8 + (8 * 11 + 11)),
+    (language_model(32_000, 64, **TRANSFORMERS["base"]), decoder_size(512, 6)),
+    (language_model(32_000, 64, **TRANSFORMERS["shallow"]), decoder_size(512, 2)),
+    (language_model(32_000, 64, **TRANSFORMERS["narrow_and_shallow"]), decoder_size(256, 2)),
+    (language_model(32_000, 64, **TRANSFORMERS["wide"], dtype=jnp.bfloat16), decoder_size(1024, 6)),
+    # Published with a class token of 384, its position, and a bias of 384 of the keys in each of 12 blocks: 22,050,664.
+    (vit_s16(), 22_050_664 - 2 * 384 - 12 * 384),
   ],
 )
 def test_number_of_parameters(model, expected):

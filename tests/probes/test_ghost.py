@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bsjax.models import cnn, language_model, mlp, vit
+from bsjax.models import cnn, language_model, lstm, mlp, vit
 from bsjax.probes import ghost_norms, ghost_projections, ghost_routes, in_metric, mean_gradient, per_example_grads
 from bsjax.probes.forms import PRODUCT_NUMBERS
 from bsjax.probes.leaves import leaf_names
@@ -55,8 +55,8 @@ def classifier(model: Any, num: int = 8) -> Problem:
   return Problem(loss_fn, variables.params, images(num))
 
 
-def language(tied: bool) -> Problem:
-  model = language_model(11, 6, width=8, depth=1, num_heads=2, mlp_ratio=2, tie_embeddings=tied)
+def language(build: Callable[..., Any], **sizes: Any) -> Problem:
+  model = build(11, 6, width=8, **sizes)
   variables = model.init(jax.random.key(1))
 
   def loss_fn(params, example):
@@ -135,13 +135,15 @@ class Twice(nn.Module):
     return nn.Dense(10)(nn.tanh(nn.tanh(x @ kernel) @ kernel.T))
 
 
+DECODER = {"depth": 1, "num_heads": 2, "mlp_ratio": 2}
 ZOO = {
   "mlp": lambda: classifier(mlp((8, 8, 1), (12, 9), 10)),
   "mlp with batch norm": lambda: classifier(mlp((8, 8, 1), (12,), 10, batch_norm="running")),
   "cnn": lambda: classifier(cnn((8, 8, 1), 10, channels=(3, 4, 5))),
   "vit": lambda: classifier(vit((8, 8, 1), 10, width=8, depth=1, num_heads=2)),
-  "language model": lambda: language(tied=False),
-  "tied language model": lambda: language(tied=True),
+  "language model": lambda: language(language_model, **DECODER, tie_embeddings=False),
+  "tied language model": lambda: language(language_model, **DECODER),
+  "lstm": lambda: language(lstm, embedding=5),
 }
 USERS = {
   "flax convolutions": lambda: from_module(Convolutions(), images(8), "image"),
@@ -239,7 +241,7 @@ OPAQUE = {
     "meets another parameter in mul",
   ),
   "scan": (
-    lambda params, x: jnp.sum(jax.lax.scan(lambda c, _: (jnp.tanh(c @ params["w"]), None), x, None, length=3)[0]),
+    lambda params, x: jnp.sum(jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), params["w"], None, length=3)[0] @ x),
     "scan",
   ),
   "own derivative": (lambda params, x: jnp.sum(jax.nn.relu(params["w"])) * jnp.sum(x), "custom_jvp_call"),

@@ -3,6 +3,8 @@
 import doctest
 import math
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +62,24 @@ def run(folder, next_stage, rate=0.3, **options):
   workload = load_workload("quadratic")
   hparams = Hparams(rate)
   return run_stages(workload, next_stage, hparams, 5, folder, mesh=make_mesh(data=1), optimizer="momentum", **options)
+
+
+def test_joined_rows_count_on():
+  """Steps, examples and tokens of a second stage begin where those of the first ended."""
+
+  def stage(batch_size, steps):
+    rows = [{"step": k, "examples_seen": batch_size * k, "tokens_seen": 4 * batch_size * k, "loss": 1} for k in steps]
+    return SimpleNamespace(trial={"config": {"batch_size": batch_size}}, metrics=rows)
+
+  rows = join_stages([stage(8, (2, 4)), stage(16, (1, 3)), stage(2, (5,))])
+  counts = [tuple(row.values()) for row in rows]
+  assert counts == [
+    (2, 16, 64, 1, 8),
+    (4, 32, 128, 1, 8),
+    (5, 48, 192, 1, 16),
+    (7, 80, 320, 1, 16),
+    (12, 90, 360, 1, 2),
+  ]
 
 
 STAGES = [Stage(8, 1.0, 1.0), Stage(16, 1.0, 1.0), Stage(16, 0.5, 0.5)]
