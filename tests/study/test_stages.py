@@ -2,7 +2,6 @@
 
 import doctest
 import math
-
 from types import SimpleNamespace
 
 import jax.numpy as jnp
