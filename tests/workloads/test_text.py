@@ -196,39 +196,34 @@ def test_examples_that_are_no_sequences_of_this_length_are_refused(source):
     )
 
 
-@pytest.mark.parametrize(
-  ("build", "dataset", "dtype", "expected"),
-  [
-    # tokens and positions, two blocks of 2 LayerNorms, 4 square maps with 3 biases and a perceptron, and a LayerNorm
-    (
-      text.shakespeare_lm,
-      "tiny_shakespeare",
-      np.uint8,
-      (256 + 64) * 128 + 2 * (4 * 128 + 4 * 128**2 + 3 * 128 + 8 * 128**2 + 5 * 128) + 2 * 128,
-    ),
-    (text.shakespeare_lstm, "tiny_shakespeare", np.uint8, 256 * 128 + 129 * 512 + 128 * 512 + 129 * 256),
-    (text.lm1b_transformer, "lm1b", np.uint16, 35_329_024),
-    (text.lm1b_lstm, "lm1b", np.uint16, 102_931_712),
-  ],
-)
-def test_workloads_at_full_size_on_paper(monkeypatch, build, dataset, dtype, expected):
-  """Data of the right shape stand in for the real ones; nothing is computed."""
-  asked = []
+SIZES = {
+  # tokens and positions, two blocks of 2 LayerNorms, 4 square maps with 3 biases and a perceptron, and a LayerNorm
+  "shakespeare_lm": (256 + 64) * 128 + 2 * (4 * 128 + 4 * 128**2 + 3 * 128 + 8 * 128**2 + 5 * 128) + 2 * 128,
+  "shakespeare_lstm": 256 * 128 + 129 * 512 + 128 * 512 + 129 * 256,
+  "lm1b_transformer": (32_000 + 64) * 512 + 6 * (4 * 512 + 4 * 512**2 + 3 * 512 + 8 * 512**2 + 5 * 512) + 2 * 512,
+  "lm1b_lstm": 32_000 * 512 + 513 * 8192 + 2048 * 8192 + 2049 * 32_000,
+}
 
-  def load(name, split, **folders):
-    asked.append((name, split, folders))
-    length = {"lm1b_lstm": 20}.get(build.__name__, 64)
+
+@pytest.mark.parametrize("name", text.TEXTS)
+def test_workloads_on_paper(monkeypatch, name):
+  """Data of the right shape stand in for the real ones; nothing is computed."""
+  asked, length = [], 20 if name == "lm1b_lstm" else 64
+  dataset, dtype = ("lm1b", np.uint16) if name.startswith("lm1b") else ("tiny_shakespeare", np.uint8)
+
+  def load(name, split, **options):
+    asked.append((name, split, options))
     return Source(name, split, {"tokens": np.zeros((2, length + 1), dtype)})
 
   monkeypatch.setattr(text, "load_source", load)
-  workload = build(data_dir="here", manual_dir="there")
-  folders = {"data_dir": "here", "manual_dir": "there"}
-  assert asked == [(dataset, split, folders) for split in ("train", "validation", "test")]
-  assert [source.split for source in (workload.train, workload.validation, workload.test)] == [
-    one for _, one, _ in asked
-  ]
+  workload = text.text_workload(name, data_dir="here", manual_dir="there")
+  options = {"data_dir": "here", "manual_dir": "there", "fake": False, "length": length}
+  assert asked == [(dataset, split, options) for split in ("train", "validation", "test")]
+  sources = (workload.train, workload.validation, workload.test)
+  assert [source.split for source in sources] == ["train", "validation", "test"]
   assert check_workload(workload, "here") is workload
-  assert workload.name == build.__name__
-  assert workload.tokens_per_example == workload.train.spec["tokens"].shape[0] - 1
-  assert num_params(workload) == expected
-  assert f"P = {expected:,}" in build.__doc__
+  assert (workload.name, workload.tokens_per_example) == (name, length)
+  assert num_params(workload) == SIZES[name]
+  assert text.TEXTS[name].about.endswith(f"P = {SIZES[name]:,}")
+  assert text.text_workload(name, fake_data=True).name == f"fake_{name}"
+  assert asked[-1] == (dataset, "test", {"fake": True, "length": length})
