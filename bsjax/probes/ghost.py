@@ -50,9 +50,9 @@ def ghost_norms(loss_fn: LossFn, params: Params, examples: Batch, *, chunk_size:
                                                = the sum of squares of the product, formed          "direct"
 
   A convolution is such a product of image patches; an embedding has one-hot x_it; a bias, a scale or a shift is a "sum" over
-  positions. Between the Gram form, 2 T^2 (K + M) FLOP for a matrix [K, M], and the direct form the cheaper is taken by count; the
-  direct product replaces the one that the backward pass would make for G. A parameter that is used more than once has the
-  products of all its uses added before they are squared.
+  positions; the steps of a `scan` are positions, too. Between the Gram form, 2 T^2 (K + M) FLOP for a matrix [K, M], and the direct
+  form the cheaper is taken by count; the direct product replaces the one that the backward pass would make for G. A parameter that is
+  used more than once has the products of all its uses added before they are squared.
 
   Args:
     loss_fn: the loss of one example.

@@ -190,7 +190,7 @@ class _Evaluation:
     allowed = any(batched) or not self.loop_examples
     if len(weights) == 1 and allowed and weights[0] in LINEAR_IN.get(name, ()) and _is_float(eqn.outvars[0]):
       return [self.linear(eqn, operands, weights[0])]
-    if weights and name == "scan" and any(batched) and not self.loop_examples:
+    if weights and name == "scan" and eqn.params["length"] and any(batched) and not self.loop_examples:
       return self.loop(eqn, operands)
     for position in weights:
       reason = f"meets another parameter in {name}" if len(weights) > 1 else f"flows into {name}"

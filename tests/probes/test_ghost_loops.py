@@ -93,11 +93,11 @@ def in_turn(params, example):
 
 
 def in_a_function(params, example):
-  """What a function called in the loop computes from constants, and a kernel that it transposes, where nothing is moved before the loop."""
+  """Called functions are not taken apart before the loop: one uses u beside a value that it computes itself, and transposes w."""
 
   @jax.jit
   def layer(u, w, h):
-    return jnp.tanh((jnp.cos(jnp.arange(3.0)) + h) * u) @ w.T
+    return jnp.tanh(h * jnp.where(h > 0, u, jnp.cos(jnp.arange(3.0)))) @ w.T
 
   return loop(lambda h, x: (layer(params["u"], params["w"], h + x), None), example["x"][0], example["x"])
 
@@ -111,6 +111,11 @@ def handed_on(params, example):
   """A parameter that the loop returns as it is, at every step."""
   carry, stacked = jax.lax.scan(lambda h, x: (jnp.tanh(h + x), params["b"]), example["x"][0], example["x"])
   return jnp.sum(jnp.sin(carry)) + jnp.sum(jnp.sin(stacked @ carry))
+
+
+def never(params, example):
+  """A loop of no steps: no gradient."""
+  return loop(lambda h, x: (jnp.tanh(h @ params["w"] + x), None), example["x"][0], example["x"][:0])
 
 
 def nested(params, example):
@@ -132,9 +137,10 @@ CASES = {
   invariant: ({"w": (WIDTH, WIDTH), "u": (WIDTH, WIDTH)}, {"w": "direct", "u": "rank one"}),
   nothing_batched_but_the_loss: (SQUARE, {"w": "vmap: flows into scan"}),
   in_turn: (SQUARE, {"w": "sum"}),
-  in_a_function: ({"w": (WIDTH, WIDTH), "u": (WIDTH,)}, {"w": "vmap: flows into transpose", "u": "sum"}),
+  in_a_function: ({"w": (WIDTH, WIDTH), "u": (WIDTH,)}, {"w": "vmap: flows into transpose", "u": "direct"}),
   carried: ({"w": (WIDTH, WIDTH), "b": (WIDTH,)}, {"w": "direct", "b": "vmap: is carried through scan"}),
   handed_on: ({"b": (WIDTH,)}, {"b": "vmap: is carried through scan"}),
+  never: (SQUARE, {"w": "vmap: flows into scan"}),
   nested: ({"w": (WIDTH, WIDTH), "u": (WIDTH, WIDTH)}, {"w": "vmap: flows into scan", "u": "direct"}),
 }
 
