@@ -64,11 +64,12 @@ def language_modelling(
   Raises:
     ValueError: a split whose examples are not L + 1 integers.
   """
-  fake = data.pop("fake_data", False)
+  fake = data.get("fake_data", False)
   sources: list[Source | RecordSource]
   if isinstance(dataset, str):
+    folders = {"data_dir": data.get("data_dir"), "manual_dir": data.get("manual_dir")}
     splits = ("train", "validation", "test")
-    sources = [load_source(dataset, split, **data, fake=fake, length=length) for split in splits]
+    sources = [load_source(dataset, split, **folders, fake=fake, length=length) for split in splits]
   else:
     sources = list(dataset)
   for source in sources:

@@ -54,28 +54,36 @@ def test_gradients_are_float32_and_near(name):
 
 
 def operations(jaxpr):
-  """Lists (primitive, dtype of its first operand) of a jaxpr and of all it calls."""
+  """Lists (primitive, dtype of each operand, shape of the first result) of a jaxpr and of all it calls."""
   for eqn in jaxpr.eqns:
-    if eqn.invars:
-      yield eqn.primitive.name, str(eqn.invars[0].aval.dtype)
+    dtypes = tuple(str(atom.aval.dtype) for atom in eqn.invars)
+    yield eqn.primitive.name, dtypes, eqn.outvars[0].aval.shape
     for inner in jaxprs_in_params(eqn.params):
       yield from operations(inner)
 
 
+HALF, SINGLE = "bfloat16", "float32"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_computed_in_what(name):
-  """Products are in bfloat16 but for the classifier's last; softmax, the moments of LayerNorm and the cell are in float32."""
+  """Products are in bfloat16 but for the classifier's last, and so is the sum that the blocks add to; the softmax, the moments, scale and
+  shift of a LayerNorm and the cell are in float32."""
   params, apply = problem(name)
   found = list(operations(jax.make_jaxpr(apply(jnp.bfloat16))(params).jaxpr))
-  dtypes = {primitive: {dtype for one, dtype in found if one == primitive} for primitive, _ in found}
-  assert found.count(("dot_general", "float32")) == (name == "vit")
-  assert "bfloat16" in dtypes["dot_general"]
+  of = {name: [dtypes for one, dtypes, _ in found if one == name] for name, _, _ in found}
+  assert [dtypes for dtypes in of["dot_general"] if dtypes != (HALF, HALF)] == [(SINGLE, SINGLE)] * (name == "vit")
   if name == "lstm":
-    assert found.count(("logistic", "bfloat16")) == 3
-    assert sorted(dtype for one, dtype in found if one == "tanh") == ["bfloat16", "float32"]  # of g, of c
+    assert of["logistic"] == [(HALF,)] * 3
+    assert sorted(of["tanh"]) == [(HALF,), (SINGLE,)]  # of g, of c
   else:
-    assert dtypes["exp"] == dtypes["rsqrt"] == {"float32"}
-    assert dtypes["tanh"] == {"bfloat16"}
+    assert {*of["exp"], *of["rsqrt"]} == {(SINGLE,)}
+    assert {*of["tanh"]} == {(HALF,)}
+    width = (3, 6 if name == "vit" else LENGTH, BLOCKS["width"])
+    sums = [dtypes for one, dtypes, shape in found if one == "add" and shape == width]
+    assert sums.count((SINGLE, SINGLE)) == 3  # shifts: two LayerNorms of the block and the last
+    # positions, two branches, and the biases of patches, query, value, out and the perceptron's last layer
+    assert sums.count((HALF, HALF)) == len(sums) - 3 == (8 if name == "vit" else 7)
 
 
 @pytest.mark.parametrize(

@@ -226,4 +226,4 @@ def test_workloads_on_paper(monkeypatch, name):
   assert num_params(workload) == SIZES[name]
   assert text.TEXTS[name].about.endswith(f"P = {SIZES[name]:,}")
   assert text.text_workload(name, fake_data=True).name == f"fake_{name}"
-  assert asked[-1] == (dataset, "test", {"fake": True, "length": length})
+  assert asked[-1] == (dataset, "test", {"data_dir": None, "manual_dir": None, "fake": True, "length": length})
