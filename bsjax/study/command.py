@@ -99,7 +99,10 @@ def define_study_flags(out: str, *, smoke: str) -> flags.FlagValues:
   """
   study_flags = flags.FlagValues()
   flags.DEFINE_string(
-    "workload", "digits_mlp", f"{', '.join(WORKLOADS)}, or your_file.py:function", flag_values=study_flags
+    "workload",
+    "digits_mlp",
+    f"{', '.join(WORKLOADS)}; or your_file.py:function, package.module:function",
+    flag_values=study_flags,
   )
   flags.DEFINE_string("out", out, "folder for the results; new, empty, or to be continued", flag_values=study_flags)
   flags.DEFINE_string("data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=study_flags)
@@ -177,7 +180,7 @@ def _help(documentation: str, module: str, flag_values: flags.FlagValues) -> str
 
 
 def run_command(
-  prepare: Callable[[], Callable[[], Path]],
+  prepare: Callable[[], Callable[[], Path | int]],
   *,
   documentation: str,
   module: str,
@@ -186,7 +189,8 @@ def run_command(
   """Parses the flags, runs an experiment, and returns the exit code.
 
   Args:
-    prepare: reads the flags and checks everything that can be wrong with them; returns the run itself.
+    prepare: reads the flags and checks everything that can be wrong with them; returns the run itself, which
+      returns the path of its report, to be printed, or an exit code.
     documentation: what `--help` shows above the flags.
     module: whose flags `--help` lists.
     flag_values: where they are defined; of its own, so that two experiments may be imported into one process.
@@ -205,13 +209,15 @@ def run_command(
   except (flags.Error, ValueError) as error:
     return _refuse(error)
   try:
-    report = run()
+    result = run()
   except RecordError as error:
     return _refuse(error)
   except KeyboardInterrupt:
     print("interrupted: what is done is kept, the same command continues from there", file=sys.stderr)
     return EXIT_INTERRUPTED
-  print(f"report: {report.absolute()}")
+  if isinstance(result, int):
+    return result
+  print(f"report: {result.absolute()}")
   return 0
 
 

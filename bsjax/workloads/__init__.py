@@ -1,5 +1,6 @@
 """Model + data + loss + target = `Workload`; the registry; a user's own file."""
 
+from bsjax.workloads.logits import workload_from_logits
 from bsjax.workloads.registry import WORKLOADS, load_workload, workload_settings
 from bsjax.workloads.workload import Preset, Target, Workload, check_workload, mean_train_loss, num_params
 
@@ -12,5 +13,6 @@ __all__ = [
   "load_workload",
   "mean_train_loss",
   "num_params",
+  "workload_from_logits",
   "workload_settings",
 ]

@@ -1,6 +1,6 @@
-"""Your own model in one file: a softmax regression in plain JAX on the embedded digits.
+"""Your own model in plain JAX, the whole contract spelled out: a softmax regression on the embedded digits.
 
-python -m experiments.batch_size_study --workload=docs/examples/my_model.py:make_workload --out=runs/mine
+python -m experiments.doctor --workload=docs/examples/my_model.py:make_workload
 """
 
 import jax
@@ -30,16 +30,9 @@ def example_metrics(params, model_state, example):
 
 
 def make_workload():
-  train, validation, test = (load_source("digits", split) for split in ("train", "validation", "test"))
-  return Workload(
-    name="my_softmax_regression",
-    init=init,
-    example_loss=example_loss,
-    train_loss=mean_train_loss(example_loss),
-    example_metrics=example_metrics,
-    train=train,
-    validation=validation,
-    test=test,
-    target=Target("validation_accuracy", 0.93, "max"),
-    preset=Preset(batch_sizes=(1, 8, 64, 512), base_learning_rate=0.2, num_epochs=8, num_steps=256),
-  )
+  splits = {split: load_source("digits", split) for split in ("train", "validation", "test")}
+  target = Target("validation_accuracy", 0.93, "max")
+  preset = Preset(batch_sizes=(1, 8, 64, 512), base_learning_rate=0.2, num_epochs=8, num_steps=256)
+  functions = {"example_loss": example_loss, "train_loss": mean_train_loss(example_loss)}
+  functions |= {"init": init, "example_metrics": example_metrics}
+  return Workload(name="my_softmax_regression", target=target, preset=preset, **functions, **splits)

@@ -1,0 +1,111 @@
+"""What the doctor looks at, what it says, and how two numbers are compared."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsjax.types import Array, Batch, Key, ModelState, Params, Variables
+from bsjax.workloads import Workload
+
+Status = Literal["ok", "fix", "note"]
+BATCH_SIZE = 32
+"""Examples of a batch that the loss is looked at with, at most: a power of two, of which the data set holds two."""
+KEYS = 32
+"""Keys over which a loss that depends on its key is averaged."""
+ROUNDING, HALF_ROUNDING = 1e-5, 2e-2
+"""How far apart, relatively, two ways to compute a loss may come out: a hundred roundings of float32, five of bfloat16."""
+STANDARD_ERRORS = 5
+NAMES_SHOWN = 4
+
+
+class Diagnosis(NamedTuple):
+  """What one check found."""
+
+  check: str
+  status: Status
+  """"fix": the laboratory would fail, or measure something else than it says. "note": good to know."""
+  message: str
+  """One line: the measured number, and for "fix" what to do."""
+  numbers: Mapping[str, float] = {}
+  """What was measured, by name."""
+
+  def __str__(self) -> str:
+    return f"{self.status:<5} {self.check:<14} {self.message}"
+
+
+class Case(NamedTuple):
+  """A workload at its initial parameters, with two batches of its training set."""
+
+  workload: Workload
+  variables: Variables
+  batch: Batch
+  other: Batch
+  key: Key
+  train_loss: Callable[[Params, ModelState, Batch, Key], tuple[Array, ModelState]]
+  """The workload's, compiled."""
+  uses_key: bool
+  """Whether the training loss changes with the key."""
+  rounding: float
+
+  def train_losses(self, batch: Batch) -> np.ndarray:
+    """Returns the training loss of a batch, f64[K]: at K = `KEYS` keys where it depends on the key, else at one."""
+    keys = jax.random.split(self.key, KEYS if self.uses_key else 1)
+    losses = [self.train_loss(*self.variables, batch, key)[0] for key in keys]
+    return np.asarray(jax.device_get(losses), np.float64)
+
+
+def make_case(workload: Workload) -> Case:
+  """Draws the initial parameters, and two batches without common examples where the training set allows."""
+  count = len(workload.train)
+  size = 2 ** int(np.log2(min(BATCH_SIZE, max(1, count // 2))))
+  chosen = np.random.default_rng(0).permutation(count)
+  batch, other = (
+    {name: jnp.asarray(array) for name, array in workload.train.fetch(np.sort(half)).items()}
+    for half in (chosen[:size], chosen[-size:])
+  )
+  key, init_key = jax.random.split(jax.random.key(0))
+  variables = workload.init(init_key)
+  text = str(jax.make_jaxpr(workload.train_loss)(*variables, batch, key))
+  train_loss = jax.jit(workload.train_loss)
+  losses = [float(train_loss(*variables, batch, jax.random.fold_in(key, number))[0]) for number in range(3)]
+  uses_key = len(set(losses)) > 1 and bool(np.isfinite(losses).all())
+  rounding = HALF_ROUNDING if "f16[" in text else ROUNDING  # of float16, and of bfloat16: "bf16["
+  return Case(workload, variables, batch, other, key, train_loss, uses_key, rounding)
+
+
+class Comparison(NamedTuple):
+  """Two ways to compute one number."""
+
+  first: float
+  second: float
+  difference: float
+  """|first - second|, relative to the larger."""
+  allowed: float
+
+  @property
+  def agrees(self) -> bool:
+    """Whether they are the same but for rounding, and for the noise of the keys; never where a number is not finite."""
+    return self.difference <= self.allowed
+
+
+def compare(first: Any, second: Any, rounding: float) -> Comparison:
+  """Compares the means of two samples, f[K]; for K > 1 with `STANDARD_ERRORS` of their difference allowed."""
+  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+  means = first.mean(), second.mean()
+  scale = max(abs(means[0]), abs(means[1]), np.finfo(np.float32).tiny)
+  sem = np.sqrt(sum(x.var(ddof=1) / len(x) for x in (first, second) if x.size > 1))
+  return Comparison(*means, abs(means[0] - means[1]) / scale, rounding + STANDARD_ERRORS * sem / scale)
+
+
+def listed(names: Sequence[str]) -> str:
+  """Writes the first few names, and how many more there are."""
+  more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+  return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def join(first: Batch, second: Batch) -> Batch:
+  """Puts two batches one behind the other."""
+  return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first, second)

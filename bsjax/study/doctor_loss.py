@@ -1,0 +1,181 @@
+"""Whether the loss is what training and probes take it for: a mean over examples, a pure function, with a gradient everywhere."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsjax.probes.leaves import leaf_names
+from bsjax.study.diagnosis import Case, Diagnosis, compare, join, listed
+from bsjax.types import Array, Key, Params
+
+SEEDS = 3
+TINY = 1e-6
+"""A gradient so much smaller than the largest of any array may be nothing but float32 rounding."""
+NUDGE = 0.02
+"""Standard deviation of the noise added to initial parameters, to tell an array without gradient from one that is only stuck at first."""
+
+
+def check_arrays(case: Case) -> Diagnosis:
+  """Checks that parameters are floats, and that training keeps the structure, shapes and dtypes of the model state."""
+  name = "arrays"
+  params, model_state = case.variables
+  leaves = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
+  numbers = {"num_params": sum(leaf.size for leaf in leaves.values()), "num_arrays": len(leaves)}
+  if not leaves:
+    return Diagnosis(name, "fix", "params hold no arrays: init must return Variables(params, model_state)")
+  whole = [leaf for leaf, array in leaves.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
+  if whole:
+    return Diagnosis(
+      name, "fix", f"{listed(whole)} of params hold no floats: keep them out of params, they have no gradient", numbers
+    )
+  after: Any = jax.eval_shape(case.workload.train_loss, params, model_state, case.batch, case.key)[1]
+  kept: Any = jax.tree.structure(model_state)
+  if jax.tree.structure(after) != kept:
+    return Diagnosis(
+      name, "fix", "train_loss returns a model_state with other entries than init does: return all of it, and no more"
+    )
+  changed = [
+    f"{leaf} {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}"
+    for leaf, old, new in zip(
+      leaf_names(model_state), jax.tree.leaves(model_state), jax.tree.leaves(after), strict=True
+    )
+    if (old.shape, old.dtype) != (new.shape, new.dtype)
+  ]
+  if changed:
+    return Diagnosis(
+      name, "fix", f"train_loss changes {listed(changed)} of model_state: shapes and dtypes must stay", numbers
+    )
+  return Diagnosis(
+    name, "ok", f"{numbers['num_params']:,} parameters in {len(leaves)} arrays; model_state keeps its shapes", numbers
+  )
+
+
+def check_mean(case: Case) -> Diagnosis:
+  """Compares the training loss of a batch with that of the same batch given twice."""
+  once, twice = case.train_losses(case.batch), case.train_losses(join(case.batch, case.batch))
+  found = compare(once, twice, case.rounding)
+  numbers = {"loss": found.first, "loss_twice": found.second, "difference": found.difference}
+  if found.agrees:
+    return Diagnosis("mean", "ok", f"a batch given twice changes the loss by {found.difference:.1g} of it", numbers)
+  message = (
+    f"a batch given twice changes train_loss from {found.first:.4g} to {found.second:.4g}: make it a mean over examples, jnp.mean "
+    "instead of jnp.sum; penalties are added once, not for each example"
+  )
+  return Diagnosis("mean", "fix", message, numbers)
+
+
+def check_example_loss(case: Case) -> Diagnosis:
+  """Compares the training loss with the mean of `example_loss`, where both must be the same."""
+  name, workload = "example_loss", case.workload
+  if workload.batch_norm != "none" or case.uses_key:
+    why = "batch norm" if workload.batch_norm != "none" else "randomness"
+    return Diagnosis(
+      name, "note", f"not compared with train_loss, which has {why} in training; probes see example_loss"
+    )
+  losses = jax.jit(jax.vmap(workload.example_loss, (None, None, 0)))(*case.variables, case.batch)
+  found = compare(case.train_losses(case.batch), [float(np.mean(np.asarray(losses, np.float64)))], case.rounding)
+  numbers = {"train_loss": found.first, "mean_example_loss": found.second, "difference": found.difference}
+  if found.agrees:
+    return Diagnosis(name, "ok", f"train_loss is its mean, to {found.difference:.1g}", numbers)
+  message = (
+    f"train_loss is {found.first:.6g}, the mean of example_loss {found.second:.6g}: use mean_train_loss(example_loss)"
+  )
+  return Diagnosis(name, "fix", message, numbers)
+
+
+def check_gradients(case: Case) -> Diagnosis:
+  """Looks for gradients that are not finite, or zero for a whole parameter array, at the start of several seeds and beside it."""
+  params = case.variables.params
+  names = leaf_names(params)
+
+  def largest(params: Params) -> Array:
+    loss_fn = lambda params: case.workload.train_loss(params, case.variables.model_state, case.batch, case.key)[0]  # noqa: E731
+    return jnp.stack([jnp.max(jnp.abs(grad), initial=0) for grad in jax.tree.leaves(jax.grad(loss_fn)(params))])
+
+  @jax.jit
+  def measure(params: Params, key: Key) -> tuple[Array, Array]:
+    keys = jax.tree.unflatten(jax.tree.structure(params), jax.random.split(key, len(names)))
+    beside = jax.tree.map(lambda leaf, key: leaf + NUDGE * jax.random.normal(key, leaf.shape, leaf.dtype), params, keys)
+    return largest(params), largest(beside)
+
+  measured = [jax.device_get(measure(case.workload.init(key).params, key)) for key in jax.random.split(case.key, SEEDS)]
+  at_start, beside = (np.stack(found) for found in zip(*measured, strict=True))
+
+  def where(condition: np.ndarray) -> list[str]:  # at every seed
+    return [leaf for leaf, holds in zip(names, condition.all(axis=0), strict=True) if holds]
+
+  bad = [leaf for leaf, finite in zip(names, np.isfinite(at_start).all(axis=0), strict=True) if not finite]
+  dead = where((at_start == 0) & (beside == 0))
+  small_at_start, small_beside = (found <= TINY * found.max(axis=1, keepdims=True) for found in (at_start, beside))
+  rounding, stuck = where(small_at_start & small_beside), where(small_at_start & ~small_beside)
+  numbers = {"seeds": SEEDS, "not_finite": len(bad), "zero": len(dead), "rounding": len(rounding), "stuck": len(stuck)}
+  if bad:
+    message = f"not finite at initialisation: {listed(bad)}; look for log or sqrt of 0, a division by 0, too large initial weights"
+    return Diagnosis("gradients", "fix", message, numbers)
+  if dead:
+    message = f"zero: {listed(dead)}; the loss does not depend on them: use them, or leave them out of params"
+    return Diagnosis("gradients", "fix", message, numbers)
+  if rounding or stuck:
+    parts = [f"no more than rounding: {listed(rounding)} (as a bias before batch norm)"] if rounding else []
+    parts += (
+      [f"zero at initialisation, not beside it: {listed(stuck)} (as behind a layer that starts at 0)"] if stuck else []
+    )
+    return Diagnosis("gradients", "note", f"finite; {'; '.join(parts)}", numbers)
+  return Diagnosis("gradients", "ok", f"finite and not zero for all {len(names)} arrays, at {SEEDS} seeds", numbers)
+
+
+def check_key(case: Case) -> Diagnosis:
+  """Computes everything twice, compiled anew, and compares bit by bit."""
+  workload, (params, model_state) = case.workload, case.variables
+
+  def everything(key: Key) -> list[Array]:
+    variables = workload.init(key)
+    gradient = jax.value_and_grad(workload.train_loss, has_aux=True)(params, model_state, case.batch, key)
+    losses = jax.vmap(workload.example_loss, (None, None, 0))(params, model_state, case.batch)
+    return jax.tree.leaves((variables, gradient, losses))
+
+  first, again = (jax.device_get(jax.jit(lambda key: everything(key))(case.key)) for _ in range(2))
+  differ = sum(a.tobytes() != b.tobytes() for a, b in zip(first, again, strict=True))
+  numbers = {"arrays": len(first), "differ": differ, "uses_key": float(case.uses_key)}
+  if differ:
+    message = f"{differ} of {len(first)} arrays differ between two runs with one key: draw from jax.random with the key, never from numpy"
+    return Diagnosis("key", "fix", message, numbers)
+  depends = "depends on the key (dropout or augmentation)" if case.uses_key else "does not depend on the key"
+  return Diagnosis("key", "ok", f"same key, same bits; train_loss {depends}", numbers)
+
+
+def check_batch_norm(case: Case) -> Diagnosis:
+  """Compares the stated batch norm with the model state, and with how an example's loss depends on its neighbours."""
+  name, mode = "batch_norm", case.workload.batch_norm
+  apart = (case.train_losses(case.batch) + case.train_losses(case.other)) / 2
+  found = compare(case.train_losses(join(case.batch, case.other)), apart, case.rounding)
+  arrays = jax.tree.leaves(case.variables.model_state)
+  _, after = case.train_loss(*case.variables, case.batch, case.key)
+  moved = any(
+    (np.asarray(old) != np.asarray(new)).any() for old, new in zip(arrays, jax.tree.leaves(after), strict=True)
+  )
+  numbers = {"difference": found.difference, "state_arrays": len(arrays), "state_moves": float(moved)}
+  if mode == "none" and not found.agrees:
+    message = (
+      f"the loss of a batch is {found.difference:.1g} away from the mean over its halves: it depends on which examples come together, "
+      "though batch_norm is 'none': state batch_norm='running', or normalise each example by itself"
+    )
+  elif mode == "none" and arrays:
+    message = f"model_state holds {len(arrays)} arrays, though batch_norm is 'none': state 'running', or keep it empty"
+  elif mode != "none" and not arrays:
+    message = f"batch_norm is {mode!r}, but model_state is empty: return the statistics from init and train_loss, or state 'none'"
+  elif mode == "running" and not moved:
+    message = "batch_norm is 'running', but train_loss returns model_state unchanged: return the new running statistics"
+  elif mode != "running" and mode != "none":
+    message = f"{mode!r}: trains, but no loss of one example exists, so that probes refuse it; 'running' evaluates with running averages"
+    return Diagnosis(name, "note", message, numbers)
+  else:
+    stated = (
+      f"{len(arrays)} arrays of statistics, which training moves"
+      if arrays
+      else "no statistics, and no example's loss depends on another"
+    )
+    return Diagnosis(name, "ok", f"{mode!r}: {stated}", numbers)
+  return Diagnosis(name, "fix", message, numbers)
