@@ -87,43 +87,57 @@ def check_example_loss(case: Case) -> Diagnosis:
 
 def check_gradients(case: Case) -> Diagnosis:
   """Looks for gradients that are not finite, or zero for a whole parameter array, at the start of several seeds and beside it."""
-  params = case.variables.params
-  names = leaf_names(params)
+  name, leaves = "gradients", leaf_names(case.variables.params)
+  at_start, beside = _largest_entries(case)
 
-  def largest(params: Params) -> Array:
-    loss_fn = lambda params: case.workload.train_loss(params, case.variables.model_state, case.batch, case.key)[0]  # noqa: E731
-    return jnp.stack([jnp.max(jnp.abs(grad), initial=0) for grad in jax.tree.leaves(jax.grad(loss_fn)(params))])
+  def those(chosen: Any) -> list[str]:
+    return [leaf for leaf, at in zip(leaves, chosen, strict=True) if at]
 
-  @jax.jit
-  def measure(params: Params, key: Key) -> tuple[Array, Array]:
-    keys = jax.tree.unflatten(jax.tree.structure(params), jax.random.split(key, len(names)))
-    beside = jax.tree.map(lambda leaf, key: leaf + NUDGE * jax.random.normal(key, leaf.shape, leaf.dtype), params, keys)
-    return largest(params), largest(beside)
-
-  measured = [jax.device_get(measure(case.workload.init(key).params, key)) for key in jax.random.split(case.key, SEEDS)]
-  at_start, beside = (np.stack(found) for found in zip(*measured, strict=True))
-
-  def where(condition: np.ndarray) -> list[str]:  # at every seed
-    return [leaf for leaf, holds in zip(names, condition.all(axis=0), strict=True) if holds]
-
-  bad = [leaf for leaf, finite in zip(names, np.isfinite(at_start).all(axis=0), strict=True) if not finite]
-  dead = where((at_start == 0) & (beside == 0))
-  small_at_start, small_beside = (found <= TINY * found.max(axis=1, keepdims=True) for found in (at_start, beside))
-  rounding, stuck = where(small_at_start & small_beside), where(small_at_start & ~small_beside)
+  small_at_start, small_beside = (
+    np.asarray(found <= TINY * found.max(axis=1, keepdims=True)).all(axis=0) for found in (at_start, beside)
+  )
+  bad = those(~np.isfinite(at_start).all(axis=0))
+  dead = those(((at_start == 0) & (beside == 0)).all(axis=0))
+  rounding, stuck = those(small_at_start & small_beside), those(small_at_start & ~small_beside)
   numbers = {"seeds": SEEDS, "not_finite": len(bad), "zero": len(dead), "rounding": len(rounding), "stuck": len(stuck)}
   if bad:
     message = f"not finite at initialisation: {listed(bad)}; look for log or sqrt of 0, a division by 0, too large initial weights"
-    return Diagnosis("gradients", "fix", message, numbers)
+    return Diagnosis(name, "fix", message, numbers)
   if dead:
     message = f"zero: {listed(dead)}; the loss does not depend on them: use them, or leave them out of params"
-    return Diagnosis("gradients", "fix", message, numbers)
-  if rounding or stuck:
-    parts = [f"no more than rounding: {listed(rounding)} (as a bias before batch norm)"] if rounding else []
-    parts += (
-      [f"zero at initialisation, not beside it: {listed(stuck)} (as behind a layer that starts at 0)"] if stuck else []
+    return Diagnosis(name, "fix", message, numbers)
+  if rounding:
+    message = f"finite; no more than rounding for {listed(rounding)}: as for a bias before batch norm"
+    return Diagnosis(name, "note", message, numbers)
+  if stuck:
+    message = (
+      f"finite; zero at initialisation for {listed(stuck)}, but not beside it: as behind a layer that starts at 0"
     )
-    return Diagnosis("gradients", "note", f"finite; {'; '.join(parts)}", numbers)
-  return Diagnosis("gradients", "ok", f"finite and not zero for all {len(names)} arrays, at {SEEDS} seeds", numbers)
+    return Diagnosis(name, "note", message, numbers)
+  return Diagnosis(name, "ok", f"finite and not zero for all {len(leaves)} arrays, at {SEEDS} seeds", numbers)
+
+
+def _largest_entries(case: Case) -> tuple[np.ndarray, np.ndarray]:
+  """Returns max |dL/dp| of every parameter array p, f[seeds, arrays]: at the initial parameters of some seeds, and at those with noise."""
+
+  def largest(params: Params) -> Array:
+    grads = jax.grad(
+      lambda params: case.workload.train_loss(params, case.variables.model_state, case.batch, case.key)[0]
+    )(params)
+    return jnp.stack([jnp.max(jnp.abs(grad), initial=0) for grad in jax.tree.leaves(grads)])
+
+  @jax.jit
+  def measure(params: Params, key: Key) -> tuple[Array, Array]:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [
+      leaf + NUDGE * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return largest(params), largest(jax.tree.unflatten(structure, moved))
+
+  seeds = jax.random.split(case.key, SEEDS)
+  measured = [jax.device_get(measure(case.workload.init(key).params, key)) for key in seeds]
+  return np.stack([at_start for at_start, _ in measured]), np.stack([beside for _, beside in measured])
 
 
 def check_key(case: Case) -> Diagnosis:

@@ -84,43 +84,6 @@ def test_the_documented_example_works() -> None:
   assert num_params(workload) == 650
 
 
-GOOD = (ROOT / "docs" / "examples" / "my_model.py").read_text()
-BAD = {
-  "import not_a_package_of_ours": (
-    "m.py:make_workload",
-    "failed with ModuleNotFoundError: No module named 'not_a_package",
-  ),
-  "def make(): return 3": ("m.py:make", "returned int, wanted a bsjax.workloads.Workload"),
-  "def other(): return 3": ("m.py:make", "no function 'make' in the file; it has other"),
-  "def make(): raise KeyError('x')": ("m.py:make", "make failed with KeyError"),
-  "def make(:": ("m.py:make", "failed with SyntaxError"),
-  GOOD.replace('example["label"])\n\n\ndef example_metrics', 'example["label"])[None]\n\n\ndef example_metrics'): (
-    "m.py:make_workload",
-    r"example_loss returned shape \(1,\), wanted a scalar",
-  ),
-  GOOD.replace("target=Target(", "output_loss=example_loss, target=Target("): (
-    "m.py:make_workload",
-    "example_outputs and output_loss belong together",
-  ),
-  GOOD.replace("validation_accuracy", "validation_f1"): ("m.py:make_workload", "target metric 'validation_f1' is not"),
-}
-
-
-@pytest.mark.parametrize(
-  ("text", "name", "message"), [(text, *rest) for text, rest in BAD.items()], ids=range(len(BAD))
-)
-def test_bad_file_is_one_line(tmp_path: Path, text: str, name: str, message: str) -> None:
-  (tmp_path / "m.py").write_text(text)
-  with pytest.raises(ValueError, match=message):
-    load_workload(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", ["nowhere.py:f", "docs:f", "README.md:f"])
-def test_file_that_is_none(name: str) -> None:
-  with pytest.raises(ValueError, match="is not a Python file"):
-    load_workload(name)
-
-
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"the raw MNIST files are not at {MNIST}")
 def test_mnist_through_tfds_s_own_builder(tmp_path: Path) -> None:
   """The same path as digits; F1 has the parameters of Keskar et al.'s Table 1."""
