@@ -1,14 +1,12 @@
 """Whether per-example gradient norms and Gauss-Newton products can be had, and by which route."""
 
-import functools
-
 import jax
 import numpy as np
 
 from bsjax.probes import ghost_norms, ghost_routes, per_example_grads
 from bsjax.probes.leaves import leaf_sq_norms
 from bsjax.study.diagnosis import Case, Diagnosis, compare, listed
-from bsjax.types import Array, Batch, Example, Params
+from bsjax.types import Array, Batch, Example, ModelState, Params
 
 COMPARED = 4
 """Examples whose norms are taken by both routes: per-example gradients are that many times the parameters."""
@@ -59,12 +57,12 @@ def check_gauss_newton(case: Case) -> Diagnosis:
       name, "note", "not measured: give example_outputs and output_loss, the loss in two parts, to have it"
     )
 
-  def in_parts(example: Example) -> Array:
-    return output_loss(outputs_fn(*case.variables, example), example)
+  def in_parts(params: Params, model_state: ModelState, example: Example) -> Array:
+    return output_loss(outputs_fn(params, model_state, example), example)
 
   losses = [
-    np.asarray(jax.jit(jax.vmap(function))(case.batch), np.float64)
-    for function in (functools.partial(workload.example_loss, *case.variables), in_parts)
+    np.asarray(jax.jit(jax.vmap(function, (None, None, 0)))(*case.variables, case.batch), np.float64)
+    for function in (workload.example_loss, in_parts)
   ]
   found = max(
     (compare([whole], [parts], case.rounding) for whole, parts in zip(*losses, strict=True)),

@@ -1,0 +1,145 @@
+"""The doctor as a whole, what its checks start from, and the bytes of a step."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bsjax.study.doctor_program
+from bsjax.study.diagnosis import Diagnosis, compare, make_case
+from bsjax.study.doctor import CHECKS, as_json, examine, needs_fixing
+from bsjax.study.doctor_program import device_bytes, largest_batch, readable, step_bytes
+from tests.study.examined import CLASSES, FEATURES, HIDDEN, broken, diagnose, good, logits
+
+NUM_PARAMS = FEATURES * HIDDEN + HIDDEN * CLASSES
+
+
+def test_a_good_workload_needs_no_fixing() -> None:
+  begun: list[str] = []
+  found = list(examine(good(), begun.append))
+  assert [diagnosis.check for diagnosis in found] == list(CHECKS)
+  assert begun == ["train_loss", *CHECKS]
+  assert {diagnosis.check: diagnosis.message for diagnosis in found if diagnosis.status != "ok"} == {}
+  assert not needs_fixing(found)
+  assert found[0].numbers == {"num_params": FEATURES * HIDDEN + HIDDEN * CLASSES, "num_arrays": 2}
+
+
+def test_one_failing_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+  def fails(params, model_state, example):
+    raise KeyError("no such array")
+
+  for check in set(CHECKS) - {"mean", "metrics", "labels"}:
+    monkeypatch.delitem(CHECKS, check)
+  found = list(examine(broken(example_metrics=fails)))
+  assert [(diagnosis.check, diagnosis.status) for diagnosis in found] == [
+    ("mean", "ok"),
+    ("labels", "ok"),
+    ("metrics", "fix"),
+  ]
+  assert "cannot be checked: it failed with KeyError: 'no such array' (line" in found[2].message
+  assert needs_fixing(found)
+
+
+def test_without_a_training_loss_that_is_all_there_is_to_say() -> None:
+  (found,) = examine(broken(train_loss=lambda params, model_state, batch: None))
+  assert (found.check, found.status) == ("train_loss", "fix")
+  assert "cannot be computed: train_loss failed with TypeError" in found.message
+
+
+def test_numbers_are_strict_json() -> None:
+  diagnosis = Diagnosis("mean", "fix", "words", {"loss": float("nan"), "size": 2.0, "top": float("inf")})
+  assert as_json([diagnosis]) == [
+    {"check": "mean", "status": "fix", "message": "words", "numbers": {"loss": None, "size": 2.0, "top": None}}
+  ]
+
+
+def test_the_docs_explain_every_line() -> None:
+  page = (Path(__file__).parents[2] / "docs" / "your_model.md").read_text()
+  rows = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
+  assert rows[-len(CHECKS) - 1 :] == ["train_loss", *CHECKS]
+
+
+# --- the case ---
+
+
+def test_the_two_batches_share_no_example() -> None:
+  case = make_case(good())
+  rows = [{row.tobytes() for row in np.asarray(batch["x"])} for batch in (case.batch, case.other)]
+  assert [len(each) for each in rows] == [32, 32]
+  assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 1), (3, 1), (4, 2), (63, 16)])
+def test_a_small_training_set_gives_small_batches(count: int, size: int) -> None:
+  case = make_case(broken(train=good().train.first(count)))
+  assert {len(array) for batch in (case.batch, case.other) for array in batch.values()} == {size}
+
+
+def test_half_precision_is_allowed_its_rounding() -> None:
+  def half(params, model_state, batch, key):
+    short = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
+    return jnp.mean(logits(short, {}, {"x": batch["x"].astype(jnp.bfloat16)})).astype(jnp.float32), model_state
+
+  assert (make_case(good()).rounding, make_case(broken(train_loss=half)).rounding) == (1e-5, 2e-2)
+
+
+def test_samples_are_compared_by_their_standard_errors() -> None:
+  draw = np.random.default_rng(0)
+  one, same, other = (draw.normal(mean, 0.1, 400) for mean in (1.0, 1.0, 1.05))
+  # Standard error of a difference of means: 0.1 sqrt(2 / 400) = 0.007; five of them are 0.035.
+  assert compare(one, same, 1e-5).agrees
+  assert not compare(one, other, 1e-5).agrees
+  assert compare(one, other, 1e-5).allowed == pytest.approx(0.035 / 1.05, rel=0.1)
+  assert not compare([1.0], [float("nan")], 1e-5).agrees
+  assert compare([0.0], [0.0], 1e-5).agrees
+
+
+# --- memory ---
+
+
+def test_too_large_a_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: 5000)
+  found = diagnose("memory", good())
+  assert found.status == "fix"
+  assert "the device has 5 KB: too much at 32; leave it out of preset.batch_sizes" in found.message
+  assert found.numbers["bytes_at_32"] + found.numbers["data_bytes"] > 5000
+
+
+def test_an_unknown_device_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: None)
+  assert diagnose("memory", good()).status == "note"
+
+
+def test_bytes_of_a_step_hold_parameters_momentum_and_batch() -> None:
+  small, large = step_bytes(good(), 8), step_bytes(good(), 64)
+  assert small is not None
+  assert large is not None
+  assert large - small >= (64 - 8) * 4 * (FEATURES + 1)
+  assert small >= 2 * 4 * NUM_PARAMS + 8 * 4 * (FEATURES + 1)
+  # The old state is donated: it and the new one are not held beside each other.
+  assert small < 4 * 2 * 4 * NUM_PARAMS + 8 * 4 * (FEATURES + 1 + 4 * (HIDDEN + CLASSES))
+
+
+def test_this_machine_tells_its_memory() -> None:
+  assert 2**28 < (device_bytes() or 0) < 2**44
+
+
+@pytest.mark.parametrize(
+  ("known", "limit", "interval"),
+  [
+    ([(1, 110), (11, 210), (21, 310)], 1310, (121, 121)),  # 10 bytes an example: 1000 more bytes hold 100 more
+    ([(1, 110), (11, 210), (21, 330)], 1530, (121, 141)),  # 10 and 12 bytes
+    ([(1, 110), (11, 210), (21, 420)], 9999, None),  # 10 and 21 bytes: not linear
+    ([(1, 110), (11, 110), (21, 310)], 9999, None),
+    ([(1, 110), (21, 310)], 9999, None),  # two points are on a line, whatever the truth
+  ],
+)
+def test_the_largest_batch_is_an_interval_or_a_refusal(known, limit: int, interval) -> None:
+  assert largest_batch(known, limit) == (None if interval is None else pytest.approx(interval))
+
+
+def test_bytes_are_readable() -> None:
+  assert [readable(count) for count in (7, 999, 1000, 123_456, 25.3e9, 5e15)] == [
+    "7 B", "999 B", "1 KB", "123 KB", "25.3 GB", "5e+03 TB",
+  ]  # fmt: skip
