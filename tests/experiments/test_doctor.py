@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import bsjax.study.doctor
 from bsjax.study import run_command
 from bsjax.study.doctor import CHECKS
 from experiments import doctor
@@ -28,8 +29,8 @@ def make():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
   """Keeps the checks that compile little."""
-  for check in set(CHECKS) - {"arrays", "mean", "data", "metrics"}:
-    monkeypatch.delitem(CHECKS, check)
+  few = {name: CHECKS[name] for name in ("arrays", "mean", "data", "metrics")}
+  monkeypatch.setattr(bsjax.study.doctor, "CHECKS", few)
 
 
 def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
