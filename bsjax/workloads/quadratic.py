@@ -1,11 +1,14 @@
 """A quadratic with a known Hessian and known gradient noise: the problem on which every measure has a closed form."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bsjax.data import Source
 from bsjax.types import Array, Example, Key, Metrics, ModelState, Params, Variables
+from bsjax.workloads.splits import DataOptions
 from bsjax.workloads.workload import Preset, Target, Workload, mean_train_loss
 
 DIMENSION = 16
@@ -21,13 +24,13 @@ def _source(split: str, seed: int) -> Source:
   return Source("quadratic", split, {"center": (centers - centers.mean(axis=0)).astype(np.float32)})
 
 
-def quadratic(data_dir: str | None = None, manual_dir: str | None = None) -> Workload:
+def quadratic(**data: Unpack[DataOptions]) -> Workload:
   """Builds L(w) = mean_i 1/2 (w - c_i)' H (w - c_i), H = diag(SPECTRUM), with w_0 = (1, ..., 1).
 
   Holds: G = H w; Sigma = H Cov(c) H; the largest eigenvalue is SPECTRUM[0] = 1 everywhere. Needs no files.
   The noise model is McCandlish et al. (2018), Appendix C (L_i = L(theta - c_i)).
   """
-  del data_dir, manual_dir  # made here
+  del data  # made here
   hessian = jnp.asarray(SPECTRUM, jnp.float32)
 
   def init(key: Key) -> Variables:

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsjax.data import RecordSource, Source, load_source
+from bsjax.data import RecordSource, Source
 from bsjax.models import BILLION_WORD_LSTMS, TRANSFORMERS, Model, language_model, lstm
 from bsjax.types import Array, Example, Metrics, ModelState, Params
-from bsjax.workloads.classification import DataOptions
+from bsjax.workloads.splits import DataOptions, Splits, load_splits
 from bsjax.workloads.workload import Preset, Target, Workload, mean_train_loss
-
-Sources = tuple[Source | RecordSource, Source | RecordSource, Source | RecordSource]
-"""The train, validation and test splits."""
 
 
 class TextRecipe(NamedTuple):
@@ -37,7 +34,7 @@ class TextRecipe(NamedTuple):
 
 def language_modelling(
   name: str,
-  dataset: str | Sources,
+  dataset: str | Splits,
   model: Model,
   *,
   length: int,
@@ -64,14 +61,7 @@ def language_modelling(
   Raises:
     ValueError: a split whose examples are not L + 1 integers.
   """
-  fake = data.get("fake_data", False)
-  sources: list[Source | RecordSource]
-  if isinstance(dataset, str):
-    folders = {"data_dir": data.get("data_dir"), "manual_dir": data.get("manual_dir")}
-    splits = ("train", "validation", "test")
-    sources = [load_source(dataset, split, **folders, fake=fake, length=length) for split in splits]
-  else:
-    sources = list(dataset)
+  sources = load_splits(dataset, length=length, **data) if isinstance(dataset, str) else dataset
   for source in sources:
     _check_tokens(source, length)
   train, validation, test = sources
@@ -102,7 +92,7 @@ def language_modelling(
     return metrics | ({"bits_per_byte": loss / np.log(2)} if are_bytes else {})
 
   return Workload(
-    name=f"fake_{name}" if fake else name,
+    name=f"fake_{name}" if data.get("fake_data") else name,
     init=jax.jit(model.init),
     example_loss=example_loss,
     train_loss=mean_train_loss(example_loss),

@@ -11,7 +11,8 @@ import numpy as np
 from bsjax.data import Source
 from bsjax.models import Model, mlp
 from bsjax.types import Key, Params, Variables
-from bsjax.workloads.classification import DataOptions, classification
+from bsjax.workloads.classification import classification
+from bsjax.workloads.splits import DataOptions
 from bsjax.workloads.workload import Preset, Target, Workload
 
 

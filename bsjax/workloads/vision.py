@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Unpack
 
 from bsjax.data import chain, flip, scaled_crop, shifted_crop
 from bsjax.models import Model, cnn, mlp, vit
-from bsjax.workloads.classification import DataOptions, classification
+from bsjax.workloads.classification import classification
+from bsjax.workloads.splits import DataOptions
 from bsjax.workloads.workload import Preset, Target, Workload
 
 

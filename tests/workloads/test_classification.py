@@ -9,7 +9,8 @@ from bsjax.data import flip
 from bsjax.models import Model, mlp
 from bsjax.types import Variables
 from bsjax.workloads import Preset, Target
-from bsjax.workloads.classification import classification, cross_entropy
+from bsjax.workloads.classification import classification
+from bsjax.workloads.logits import cross_entropy
 
 KEY = jax.random.key(0)
 TARGET, PRESET = Target("validation_accuracy", 0.9, "max"), Preset((8,), 0.1)
