@@ -84,7 +84,7 @@ BAD = {
   ),
   "arguments of its own": (
     "def make(width, depth, data_dir): pass",
-    "the function needs width, depth, and gets only data_dir, manual_dir: give defaults",
+    "the function needs width, depth, and gets only data_dir, fake_data, manual_dir: give defaults",
   ),
 }
 

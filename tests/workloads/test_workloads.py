@@ -17,7 +17,7 @@ MNIST = ROOT.parent / "shared" / "data" / "mnist"
 def test_unknown_name_lists_the_known_ones() -> None:
   with pytest.raises(
     ValueError,
-    match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, digits_vit, mnist_mlp, .*, quadratic, or your_file.py:function",
+    match="'digits_mpl' is unknown.*digits_mlp, digits_cnn, digits_vit, mnist_mlp, .*, quadratic; or path/to/file.py:function",
   ):
     load_workload("digits_mpl")
 
