@@ -10,11 +10,12 @@ from bsjax.data.augment import (
   scaled_crop,
   shifted_crop,
 )
-from bsjax.data.datasets import DATASETS, DataError, Dataset, Split, split_size
+from bsjax.data.datasets import DATASETS, Dataset, Split, split_size
 from bsjax.data.load import describe_data, is_prepared, load_source, prepare_data
 from bsjax.data.order import epoch_permutation, independent_indices, segment_indices
 from bsjax.data.prepare import describe_needs
-from bsjax.data.source import RecordSource, Source, Spec
+from bsjax.data.source import DataError, RecordSource, Source, Spec
+from bsjax.data.stream import read_ahead, stream_batches
 
 __all__ = [
   "DATASETS",
@@ -36,9 +37,11 @@ __all__ = [
   "is_prepared",
   "load_source",
   "prepare_data",
+  "read_ahead",
   "rotated_shift",
   "scaled_crop",
   "segment_indices",
   "shifted_crop",
   "split_size",
+  "stream_batches",
 ]

@@ -15,11 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsjax.data.source import Spec
-
-
-class DataError(ValueError):
-  """Says in one line why a data set could not be loaded, and what to do."""
+from bsjax.data.source import DataError, Spec
 
 
 class Split(NamedTuple):

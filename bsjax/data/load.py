@@ -14,12 +14,12 @@ import numpy as np
 
 from bsjax.data import bpe
 from bsjax.data.arrays import arrays_folder, read_arrays, write_arrays, write_whole
-from bsjax.data.datasets import DataError, Dataset, Split, find_dataset
+from bsjax.data.datasets import Dataset, Split, find_dataset
 from bsjax.data.fake import fake_source
 from bsjax.data.folders import Folders, PathLike, find_folders, is_writable, locked
 from bsjax.data.prepare import check_extra, describe_raw_files, make_builder, prepare_copy, quiet
 from bsjax.data.read import decode_photo, open_records, read_images, read_texts
-from bsjax.data.source import RecordSource, Source
+from bsjax.data.source import DataError, RecordSource, Source
 
 AnySource = TypeVar("AnySource", Source, RecordSource)
 

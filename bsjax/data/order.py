@@ -54,14 +54,7 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
   at most ceil(K B / N) + 1. Steps
   are 32-bit: `first_step + num_steps` must stay below 2**31; `first_step * B` may be larger than that.
   """
-  if min(num_steps, batch_size, num_examples) < 1:
-    raise ValueError(f"{num_steps=}, {batch_size=}, {num_examples=}: all must be at least 1.")
-  if batch_size > num_examples:
-    raise ValueError(
-      f"{batch_size=} is larger than the data set of {num_examples} examples; use {num_examples} or less."
-    )
-  if num_examples > _MAX_NUM_EXAMPLES:
-    raise ValueError(f"{num_examples=} is more than 32-bit positions allow; use {_MAX_NUM_EXAMPLES} or fewer.")
+  check_sizes(num_steps, batch_size, num_examples)
   length = num_steps * batch_size
   # Offsets are multiples of gcd(B, N), so the last possible one is N - gcd(B, N): full-batch steps never span two epochs.
   num_epochs = (num_examples - math.gcd(batch_size, num_examples) + length - 1) // num_examples + 1
@@ -91,6 +84,22 @@ def independent_indices(
     return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, num_examples, jnp.int32)
 
   return jax.vmap(draw)(first_step + jnp.arange(num_steps, dtype=jnp.int32))
+
+
+def check_sizes(num_steps: int, batch_size: int, num_examples: int) -> None:
+  """Refuses sizes of which there is no order.
+
+  Raises:
+    ValueError: a size below one, a batch larger than the data set, or a data set beyond 32-bit positions.
+  """
+  if min(num_steps, batch_size, num_examples) < 1:
+    raise ValueError(f"{num_steps=}, {batch_size=}, {num_examples=}: all must be at least 1.")
+  if batch_size > num_examples:
+    raise ValueError(
+      f"{batch_size=} is larger than the data set of {num_examples} examples; use {num_examples} or less."
+    )
+  if num_examples > _MAX_NUM_EXAMPLES:
+    raise ValueError(f"{num_examples=} is more than 32-bit positions allow; use {_MAX_NUM_EXAMPLES} or fewer.")
 
 
 def _divmod_product(step: int | Array, factor: int, modulus: int) -> tuple[Array, Array]:

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsjax.data.datasets import DataError, Dataset
+from bsjax.data.datasets import Dataset
 from bsjax.data.folders import Folders
+from bsjax.data.source import DataError
 
 _ANSWER_SECONDS = 5.0
 EXTRAS = {  # of pyproject.toml: the module that each brings, and how to get it

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.data.datasets import DataError, Dataset
+from bsjax.data.datasets import Dataset
 from bsjax.data.prepare import make_builder, one_line
+from bsjax.data.source import DataError
 
 _CHUNK = 1_000  # records in memory beside the arrays
 

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 
+class DataError(ValueError):
+  """Says in one line why a data set could not be loaded or read, and what to do."""
+
+
 class Spec(NamedTuple):
   """Shape and dtype of one example's array, without the axis of examples."""
 
@@ -82,9 +86,23 @@ class RecordSource:
     return len(self) * sum(spec.nbytes for spec in self.spec.values())
 
   def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the examples at `indices`, i[n], stacked: `{name: [n, ...]}`."""
-    rows = [self.decode(record) for record in self.records.__getitems__([int(index) for index in indices])]
-    return {name: np.stack([row[name] for row in rows]) for name in self.spec}
+    """Returns the examples at `indices`, i[n], stacked: `{name: [n, ...]}`.
+
+    Raises:
+      DataError: a record that cannot be read or decoded, by name, split and number.
+    """
+    try:
+      rows = [self.decode(record) for record in self.records.__getitems__([int(index) for index in indices])]
+      return {name: np.stack([row[name] for row in rows]) for name in self.spec}
+    except Exception as error:  # whoever reads and decodes promises no type
+      if len(indices) > 1:
+        for index in indices:  # which of them is it?
+          self.fetch(np.array([index]))
+      which = f"example{'s' * (len(indices) > 1)} {', '.join(str(index) for index in indices)}"
+      reason = f"{type(error).__name__}: {error}".splitlines()[0].strip()
+      raise DataError(
+        f"{which} of split {self.split!r} of {self.name} cannot be read: {reason}; prepare the data set anew"
+      ) from error
 
   def first(self, count: int) -> Source:
     """Returns the split of the first `count` examples, or of all where there are fewer, in memory."""

@@ -1,5 +1,6 @@
 """Metrics over a whole data set: sums and counts, no example dropped, none counted twice."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bsjax.data import RecordSource, Source, read_ahead
 from bsjax.types import Array, Example, Metrics, ModelState, Params
 
 EVAL_CHUNK = 1024
@@ -23,8 +25,7 @@ class Chunked(NamedTuple):
 def chunked(arrays: Mapping[str, np.ndarray], chunk_size: int = EVAL_CHUNK) -> Chunked:
   """Cuts host arrays `[N, ...]` into the fewest equal chunks of at most `chunk_size`, padding the last by zeros."""
   num_examples = len(next(iter(arrays.values())))
-  num_chunks = -(-num_examples // chunk_size)
-  size = -(-num_examples // num_chunks)
+  num_chunks, size = _equal_chunks(num_examples, chunk_size)
 
   def cut(array: np.ndarray) -> Any:
     padding = np.zeros((num_chunks * size - num_examples, *array.shape[1:]), array.dtype)
@@ -40,12 +41,60 @@ def evaluate(
   data: Chunked,
 ) -> Metrics:
   """Averages `example_metrics` over a data set: sum over all examples / their number, divided once."""
+  return _divide_once(jax.lax.map(functools.partial(_chunk_sums, example_metrics, params, model_state), data))
 
-  def chunk_sums(chunk: Chunked) -> tuple[Metrics, Array]:
-    values = jax.vmap(example_metrics, in_axes=(None, None, 0))(params, model_state, chunk.arrays)
-    # where, not multiplication: a padded example may be anything, NaN included
-    sums = jax.tree.map(lambda value: jnp.sum(jnp.where(chunk.weight > 0, value, 0)), values)
-    return sums, jnp.sum(chunk.weight)
 
-  sums, counts = jax.lax.map(chunk_sums, data)
-  return jax.tree.map(lambda total: jnp.sum(total) / jnp.sum(counts), sums)
+def evaluate_source(
+  example_metrics: Callable[[Params, ModelState, Example], Metrics],
+  params: Params,
+  model_state: ModelState,
+  source: Source | RecordSource,
+) -> Metrics:
+  """Averages as `evaluate`, over a split that is read ahead from the host; waits for the result.
+
+  The chunks are those of `chunked`, one after the other through one compiled program; two are on the device at a time, the one that is
+  computed and the next. Every process reads all of them.
+
+  Raises:
+    DataError: a record that cannot be read.
+
+  Holds: on the CPU bitwise what `evaluate` gives (a test).
+  """
+  num_chunks, size = _equal_chunks(len(source), EVAL_CHUNK)
+  positions = np.arange(num_chunks * size).reshape(num_chunks, size)
+  last = len(source) - 1
+  # beyond the end the last example again, at weight 0
+  chunks = read_ahead(source, lambda number: np.minimum(positions[number], last), count=num_chunks, size=size)
+  sums: list[tuple[Metrics, Array]] = []
+  for position, arrays in zip(positions, chunks, strict=True):
+    chunk = Chunked(*jax.device_put((arrays, (position <= last).astype(np.float32))))
+    sums.append(_jitted_chunk_sums(example_metrics, params, model_state, chunk))
+    jax.block_until_ready(sums[-2:-1])
+  return jax.device_get(_jitted_divide_once(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(sums))))
+
+
+def _equal_chunks(num_examples: int, chunk_size: int) -> tuple[int, int]:
+  """Finds the fewest chunks of at most `chunk_size` examples, and their equal size."""
+  num_chunks = -(-num_examples // chunk_size)
+  return num_chunks, -(-num_examples // num_chunks)
+
+
+def _chunk_sums(
+  example_metrics: Callable[[Params, ModelState, Example], Metrics],
+  params: Params,
+  model_state: ModelState,
+  chunk: Chunked,
+) -> tuple[Metrics, Array]:
+  values = jax.vmap(example_metrics, in_axes=(None, None, 0))(params, model_state, chunk.arrays)
+  # where, not multiplication: a padded example may be anything, NaN included
+  sums = jax.tree.map(lambda value: jnp.sum(jnp.where(chunk.weight > 0, value, 0)), values)
+  return sums, jnp.sum(chunk.weight)
+
+
+def _divide_once(sums: tuple[Metrics, Array]) -> Metrics:
+  totals, counts = sums
+  return jax.tree.map(lambda total: jnp.sum(total) / jnp.sum(counts), totals)
+
+
+_jitted_chunk_sums = jax.jit(_chunk_sums, static_argnums=0)
+_jitted_divide_once = jax.jit(_divide_once)

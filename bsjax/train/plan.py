@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from bsjax.records import RecordError, trial_id
 from bsjax.records.folder import read_json, write_json
+from bsjax.train.evaluate import Chunked
 from bsjax.train.segment import build_segment, idle_lanes, program_config, rows_per_segment
 from bsjax.train.trial import Trial, TrialConfig
 from bsjax.types import Batch, Hparams
@@ -150,6 +151,49 @@ def measure_plan(
     jax.block_until_ready(states)
     times.append(time.perf_counter() - started)
   return min(times[1:]) / (rows * config.eval_every * lanes)
+
+
+def decide_plan(
+  forced: Plan | None,
+  workload: Workload,
+  waiting: list[Trial],
+  folder: Path,
+  mesh: Mesh,
+  checkpoints: Path,
+  train: Batch | None = None,
+  validation: Chunked | None = None,
+) -> Plan:
+  """Settles the plan of a pool and leaves it in the folder, where a rerun finds it.
+
+  Args:
+    forced: the plan that it has to be; None: the remembered one, else the fastest.
+    waiting: trials of one config.
+    checkpoints: where trials that were begun have their states.
+    train, validation: on the device, to time plans with; needed unless a plan is forced.
+
+  Raises:
+    RecordError: trials were begun under another plan than the forced one, or the file is damaged.
+  """
+  config = waiting[0].config
+  remembered = remembered_plan(folder, config, mesh)
+  if forced is not None and remembered not in (None, forced) and checkpoints.exists():
+    raise RecordError(
+      f"the trials of {checkpoints} were begun under {tuple(remembered)}, wanted plan={tuple(forced)}: leave plan out to go on with them, "
+      "or delete that folder to begin them anew"
+    )
+  if remembered is not None and forced in (None, remembered):
+    return remembered
+  if forced is not None:
+    choice = Choice(forced, "forced")
+  else:
+    seeds = sorted(trial.seed for trial in waiting)
+    for_each = -(-len(waiting) // mesh.shape["trial"])
+    plans = candidates(step_flops(workload, config.batch_size), for_each, jax.default_backend())
+    assert train is not None
+    measure = lambda plan: measure_plan(workload, config, plan, mesh, seeds, train, validation)  # noqa: E731
+    choice = choose_plan(plans, len(waiting) * config.num_steps, measure)
+  remember_plan(folder, config, mesh, choice)
+  return choice.plan
 
 
 def remembered_plan(folder: Path, config: TrialConfig, mesh: Mesh) -> Plan | None:

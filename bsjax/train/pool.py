@@ -20,18 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from bsjax.records import RecordError, append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
 from bsjax.train.checkpoint import restore_checkpoint, restore_final, save_checkpoint, save_final
-from bsjax.train.evaluate import Chunked, chunked
-from bsjax.train.plan import (
-  Choice,
-  Plan,
-  candidates,
-  choose_plan,
-  measure_plan,
-  num_lanes,
-  remember_plan,
-  remembered_plan,
-  step_flops,
-)
+from bsjax.train.evaluate import chunked
+from bsjax.train.path import DataPath, choose_data_path
+from bsjax.train.plan import Plan, decide_plan, num_lanes
 from bsjax.train.segment import (
   Rows,
   build_segment,
@@ -43,8 +34,9 @@ from bsjax.train.segment import (
   rows_per_segment,
 )
 from bsjax.train.state import TrainState, branch_state, init_state
+from bsjax.train.stream import streamed_segment
 from bsjax.train.trial import Trial, TrialConfig
-from bsjax.types import Batch, Hparams
+from bsjax.types import Hparams
 from bsjax.workloads import Workload
 
 Probe = Callable[[Trial, TrainState], list[dict[str, Any]]]
@@ -115,6 +107,7 @@ def run_trials(
   checkpoint_seconds: float = 20.0,
   keep_final: bool = False,
   plan: Plan | None = None,
+  data_path: DataPath | None = None,
 ) -> None:
   """Trains every trial that is not finished and writes its directory `<folder>/<trial id>/`.
 
@@ -132,12 +125,17 @@ def run_trials(
     keep_final: leave the last state of each trial that completes in `<folder>/<trial id>/final/`, for trials to start from.
     plan: how many trials run side by side and in turn; None: what the folder remembers, else what is fastest here
       (`bsjax.train.plan`). It decides the time, and the rounding of the numbers.
+    data_path: "resident" holds the data on the device, "streamed" reads them from the host and trains one trial at a time; None: by
+      size (`bsjax.train.path`). Trained one at a time, trials have the same numbers on both, on the CPU bitwise (tests): what was begun
+      on one path may go on on the other.
 
   Raises:
-    ValueError: the trials' configs differ; the parent is of another workload or optimizer; or a trial's last state is to be kept where it
-      may stop at its target, between two states that the host sees.
+    ValueError: the trials' configs differ; the parent is of another workload or optimizer; a trial's last state is to be kept where it
+      may stop at its target, between two states that the host sees; or the streamed path with several devices for trials, or another plan
+      than one trial at a time.
     RecordError: a damaged file; interrupted trials that were begun under another plan or on other devices; a parent that is missing, not
       complete, or without a whole final state.
+    DataError: on the streamed path, a record that cannot be read; rows before it are kept, a rerun goes on from the last checkpoint.
 
   Holds: a rerun after a kill continues from the last checkpoint and gives bitwise the records of an uninterrupted run;
   a diverged trial takes no further segment and never touches another.
@@ -152,21 +150,19 @@ def run_trials(
   if not waiting:
     return
 
-  train = device_arrays(workload.train.arrays, mesh)
-  validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
   checkpoints = folder / "checkpoints" / trial_id(trials[0].description["config"])
-  plan = _decide(plan, workload, waiting, folder, mesh, checkpoints, train, validation)
-  segment = build_segment(workload, config, num_lanes(plan, mesh), mesh, plan.in_turn)
-  provenance = (provenance or {}) | {"plan": plan._asdict() | {"devices": mesh.shape["trial"]}}
-  if num_lanes(plan, mesh) > 1:
+  way = _prepare(data_path or choose_data_path(workload, mesh), plan, workload, waiting, folder, mesh, checkpoints)
+  described = {"plan": way.plan._asdict() | {"devices": mesh.shape["trial"]}, "data_path": way.path}
+  if num_lanes(way.plan, mesh) > 1:
     waiting.sort(key=lambda trial: trial.seed)  # neighbours of one seed share the drawing of their order
-  pool = _Pool(workload, config, folder, plan, mesh, provenance, probe, on_progress, keep_final)
+  pool = _Pool(workload, config, folder, way.plan, mesh, (provenance or {}) | described, probe, on_progress, keep_final)
   pool.restore(checkpoints, waiting)
   saved = time.monotonic()
   in_flight: _InFlight | None = None
   while True:
     due = time.monotonic() - saved > checkpoint_seconds
-    if in_flight is not None and (due or any(lane is not None and pool.must_stop(lane) for lane in pool.lanes)):
+    must_stop = due or any(lane is not None and pool.must_stop(lane) for lane in pool.lanes)
+    if in_flight is not None and (must_stop or way.path == "streamed"):  # a streamed row is done when its call returns
       pool.write(in_flight)
       in_flight = None
     if in_flight is None:
@@ -176,8 +172,8 @@ def run_trials(
       if due:
         save_checkpoint(checkpoints, pool.states, pool.occupants())
         saved = time.monotonic()
-    num_rows = pool.next_rows()
-    pool.states, rows = segment(pool.states, pool.hparams, pool.seeds, num_rows, train, validation)
+    num_rows = np.minimum(pool.next_rows(), way.most_rows)
+    pool.states, rows = way.segment(pool.states, pool.hparams, pool.seeds, num_rows, way.train, way.validation)
     dispatched = _InFlight(rows, num_rows, pool.advance(num_rows))
     if in_flight is not None:
       pool.write(in_flight)  # while the device computes the segment just dispatched
@@ -187,39 +183,39 @@ def run_trials(
     checkpoints.parent.rmdir()
 
 
-def _decide(
-  forced: Plan | None,
+class _Way(NamedTuple):
+  """How a pool trains: the segment and what it reads, the plan of its lanes, and the rows of one call."""
+
+  path: DataPath
+  plan: Plan
+  segment: Callable[..., tuple[TrainState, Rows]]
+  train: Any
+  validation: Any
+  most_rows: int
+
+
+def _prepare(
+  path: DataPath,
+  plan: Plan | None,
   workload: Workload,
   waiting: list[Trial],
   folder: Path,
   mesh: Mesh,
   checkpoints: Path,
-  train: Batch,
-  validation: Chunked,
-) -> Plan:
-  """Settles the plan of a pool and leaves it in the folder, where a rerun finds it."""
+) -> _Way:
+  """Puts the data where the path wants them, settles the plan and builds the segment."""
   config = waiting[0].config
-  remembered = remembered_plan(folder, config, mesh)
-  if forced is not None and remembered not in (None, forced) and checkpoints.exists():
-    raise RecordError(
-      f"the trials of {checkpoints} were begun under {tuple(remembered)}, wanted plan={tuple(forced)}: leave plan out to go on with them, "
-      "or delete that folder to begin them anew"
-    )
-  if remembered is not None and forced in (None, remembered):
-    return remembered
-  if forced is not None:
-    choice = Choice(forced, "forced")
-  else:
-    seeds = sorted(trial.seed for trial in waiting)
-    for_each = -(-len(waiting) // mesh.shape["trial"])
-    plans = candidates(step_flops(workload, config.batch_size), for_each, jax.default_backend())
-    choice = choose_plan(
-      plans,
-      len(waiting) * config.num_steps,
-      lambda plan: measure_plan(workload, config, plan, mesh, seeds, train, validation),
-    )
-  remember_plan(folder, config, mesh, choice)
-  return choice.plan
+  if path == "streamed":
+    if plan not in (None, Plan()):
+      raise ValueError(f"data_path='streamed' trains one trial at a time, plan={tuple(plan)} more: leave plan out")
+    segment = streamed_segment(workload, config, mesh)
+    plan = decide_plan(Plan(), workload, waiting, folder, mesh, checkpoints)
+    return _Way(path, plan, segment, workload.train, workload.validation, most_rows=1)
+  train = device_arrays(workload.train.arrays, mesh)
+  validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
+  plan = decide_plan(plan, workload, waiting, folder, mesh, checkpoints, train, validation)
+  segment = build_segment(workload, config, num_lanes(plan, mesh), mesh, plan.in_turn)
+  return _Way(path, plan, segment, train, validation, most_rows=rows_per_segment(config))
 
 
 class _Pool:

@@ -16,7 +16,7 @@ from bsjax.train.evaluate import Chunked, evaluate
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, init_state, stream
 from bsjax.train.step import NOISE_COLUMNS, StepLog, make_logged_step, row_noise
 from bsjax.train.trial import TrialConfig
-from bsjax.types import Array, Batch, Hparams
+from bsjax.types import Array, Batch, Hparams, Metrics
 from bsjax.workloads import Workload
 
 STEPS_PER_SEGMENT = 256
@@ -58,6 +58,20 @@ def make_mesh(*, trial: int = 1, data: int | None = None) -> Mesh:
 def rows_per_segment(config: TrialConfig) -> int:
   """Says how many rows one call writes at most: at least one, however long the steps between evaluations are."""
   return max(1, STEPS_PER_SEGMENT // config.eval_every)
+
+
+def spreads_batches(config: TrialConfig, mesh: Mesh) -> bool:
+  """Tells whether each batch lies spread over the axis "data": where that divides it, unless the step spreads its microbatches itself."""
+  accumulates = bool(config.microbatch_size) and config.noise_route != "device"
+  return mesh.shape["data"] > 1 and config.batch_size % mesh.shape["data"] == 0 and not accumulates
+
+
+def row_of(log: StepLog, metrics: Metrics) -> Rows:
+  """Sums up the steps of one row, whose `log` has a leading axis of steps, and the evaluation after them: scalars."""
+  bad = ~jnp.isfinite(log.loss)
+  bad_at_end = ~jnp.isfinite(metrics["loss"])
+  first = jnp.where(jnp.any(bad), jnp.argmax(bad) + 1, jnp.where(bad_at_end, len(log.loss), 0))
+  return Rows(jnp.mean(log.loss), log.loss[-1], first.astype(jnp.int32), metrics, row_noise(log.noise))
 
 
 def program_config(config: TrialConfig) -> TrialConfig:
@@ -113,9 +127,7 @@ def _build(
       f"{lanes} lanes on {spread_lanes} devices do not make {in_turn} groups: use a multiple of {in_turn * spread_lanes} lanes"
     )
   rows_max, inner = rows_per_segment(config), config.eval_every
-  # an accumulating step spreads its microbatches itself
-  accumulates = bool(config.microbatch_size) and config.noise_route != "device"
-  spread = mesh.shape["data"] > 1 and config.batch_size % mesh.shape["data"] == 0 and not accumulates
+  spread = spreads_batches(config, mesh)
   data_sharding = NamedSharding(mesh, P("data"))
 
   def gather(train: Batch, index: Array) -> Batch:
@@ -168,12 +180,9 @@ def _build(
 
     def one_row(row: Array, carry: tuple[TrainState, Rows]) -> tuple[TrainState, Rows]:
       state, rows = carry
-      state, (losses, noise) = jax.lax.scan(one_step, state, indices[row])
+      state, log = jax.lax.scan(one_step, state, indices[row])
       metrics = evaluate(workload.example_metrics, state.params, state.model_state, validation)
-      bad = ~jnp.isfinite(losses)
-      bad_at_end = ~jnp.isfinite(metrics["loss"])
-      first = jnp.where(jnp.any(bad), jnp.argmax(bad) + 1, jnp.where(bad_at_end, inner, 0))
-      new = Rows(jnp.mean(losses), losses[-1], first.astype(jnp.int32), metrics, row_noise(noise))
+      new = row_of(log, metrics)
       return state, jax.tree.map(lambda buffer, value: buffer.at[row].set(value), rows, new)
 
     metrics_shape = jax.eval_shape(

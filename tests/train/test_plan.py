@@ -11,7 +11,6 @@ import pytest
 from problems import classifier, in_float64, quadratic
 
 import bsjax.train.plan as plan_module
-import bsjax.train.pool as pool_module
 from bsjax.records import RecordError, read_record
 from bsjax.train import (
   Trial,
@@ -206,14 +205,14 @@ def test_a_rerun_goes_on_with_the_plan_it_began_with(tmp_path: Path, monkeypatch
   """The first run times two plans; after a kill the other would win, but is not asked: the bits are those of one uninterrupted run."""
   both = [Plan(1, 2), Plan(3, 1)]
   trials = trials_of(QUADRATIC, 5)
-  monkeypatch.setattr(pool_module, "candidates", lambda *arguments: both)
+  monkeypatch.setattr(plan_module, "candidates", lambda *arguments: both)
   monkeypatch.setattr(plan_module, "MEASURE_FROM", 0)
-  monkeypatch.setattr(pool_module, "measure_plan", lambda workload, config, plan, *rest: 1.0 / plan.side_by_side)
+  monkeypatch.setattr(plan_module, "measure_plan", lambda workload, config, plan, *rest: 1.0 / plan.side_by_side)
   broken_off(tmp_path / "parts", trials, None)
   entry = next(iter(json.loads((tmp_path / "parts" / PLANS_FILE).read_text()).values()))
   assert (entry["basis"], entry["side_by_side"], entry["batch_size"]) == ("measured", 3, 8)
   assert [timed["seconds"] for timed in entry["seconds_per_step"]] == [1.0, 1.0 / 3.0]
-  monkeypatch.setattr(pool_module, "measure_plan", lambda workload, config, plan, *rest: 1.0 * plan.side_by_side)
+  monkeypatch.setattr(plan_module, "measure_plan", lambda workload, config, plan, *rest: 1.0 * plan.side_by_side)
   run_trials(quadratic(), trials, tmp_path / "parts", mesh=MESH)
   run_trials(quadratic(), trials, tmp_path / "whole", mesh=MESH, plan=both[1])
   assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
