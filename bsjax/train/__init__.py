@@ -8,7 +8,7 @@ from bsjax.train.pool import run_trials
 from bsjax.train.segment import build_segment, device_arrays, make_mesh, rows_per_segment
 from bsjax.train.state import INIT_STREAM, ORDER_STREAM, PROBE_STREAM, TrainState, init_state, stream
 from bsjax.train.step import StepLog, make_logged_step, make_step
-from bsjax.train.stream import streamed_segment
+from bsjax.train.streamed import streamed_segment
 from bsjax.train.trial import Trial, TrialConfig, make_trial
 
 __all__ = [

@@ -34,7 +34,7 @@ from bsjax.train.segment import (
   rows_per_segment,
 )
 from bsjax.train.state import TrainState, branch_state, init_state
-from bsjax.train.stream import streamed_segment
+from bsjax.train.streamed import streamed_segment
 from bsjax.train.trial import Trial, TrialConfig
 from bsjax.types import Hparams
 from bsjax.workloads import Workload
