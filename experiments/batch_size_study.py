@@ -17,7 +17,15 @@ from absl import flags
 
 from bsjax.optim import OPTIMIZERS, SCALING_RULES
 from bsjax.study import describe_environment, make_plan, run_command, run_study
-from bsjax.study.command import claim_folder, define_study_flags, numbers_flag, study_options, use_compilation_cache
+from bsjax.study.command import (
+  claim_folder,
+  define_data_path_flag,
+  define_study_flags,
+  forced_data_path,
+  numbers_flag,
+  study_options,
+  use_compilation_cache,
+)
 from bsjax.study.measure_noise import check_example_loss
 from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
@@ -47,6 +55,7 @@ _TUNING_SEEDS = flags.DEFINE_integer("tuning_seeds", None, "seeds per rate", fla
 _FINAL_SEEDS = flags.DEFINE_integer(
   "final_seeds", None, "other seeds at the tuned rate, at least 3", flag_values=_FLAGS
 )
+_DATA_PATH = define_data_path_flag(_FLAGS)
 
 
 def prepare(
@@ -57,6 +66,7 @@ def prepare(
   manual_dir: str | None = None,
   smoke: bool = False,
   trial_devices: int = 1,
+  data_path: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
@@ -66,11 +76,11 @@ def prepare(
     overrides = {"batch_sizes": (sizes[0], sizes[len(sizes) // 2], sizes[-1])} | SMOKE | _given(overrides)
   check_example_loss(loaded)
   plan = make_plan(loaded, **overrides)
-  mesh = make_mesh(trial=trial_devices)
+  mesh, path = make_mesh(trial=trial_devices), forced_data_path(data_path)
   return claim_folder(
     out,
     {"experiment": "batch_size_study"} | workload_settings(workload) | plan.__dict__,
-    lambda folder: run_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
+    lambda folder: run_study(loaded, plan, folder, mesh=mesh, environment=describe_environment(), data_path=path),
   )
 
 
@@ -100,6 +110,7 @@ def _prepare_from_flags() -> Callable[[], Path]:
     num_rates=_NUM_RATES.value,
     tuning_seeds=_TUNING_SEEDS.value,
     final_seeds=_FINAL_SEEDS.value,
+    data_path=_DATA_PATH.value,
   )
 
 

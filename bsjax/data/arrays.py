@@ -6,6 +6,8 @@ from typing import IO
 
 import numpy as np
 
+from bsjax.data.source import DataError
+
 
 def arrays_folder(root: Path, tfds_name: str) -> Path:
   """Returns where the arrays of a data set lie under `root`."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bsjax.data.source import DataError
+
 _NUM_SENTENCES = 1_000_000  # to learn from; more would change rare words only
 _EOS_ID, _UNKNOWN_ID, _NONE = 0, 1, -1
 

@@ -15,8 +15,9 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
+from bsjax.data import DataError
 from bsjax.records import RecordError, lock_folder, open_folder
-from bsjax.train import PLANS, Plan
+from bsjax.train import DATA_PATHS, PLANS, DataPath, Plan
 from bsjax.workloads import WORKLOADS
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -128,6 +129,29 @@ def define_plan_flag(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
   )
 
 
+def define_data_path_flag(flag_values: flags.FlagValues) -> flags.FlagHolder[Any]:
+  """Defines `--data_path`; `forced_data_path` reads its value."""
+  return flags.DEFINE_enum(
+    "data_path",
+    "auto",
+    ("auto", *DATA_PATHS),
+    "data on the device, or read ahead; auto: by size",
+    flag_values=flag_values,
+  )
+
+
+def forced_data_path(name: str) -> DataPath | None:
+  """Returns the path of this name; None, to choose by size, for "auto".
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  paths: dict[str, DataPath | None] = {"auto": None} | {path: path for path in DATA_PATHS}
+  if name not in paths:
+    raise ValueError(f"--data_path={name}, wanted one of {', '.join(paths)}")
+  return paths[name]
+
+
 def lane_plan(name: str) -> Plan | None:
   """Returns the plan of pools of this name; None, to choose the fastest, for "auto".
 
@@ -195,7 +219,7 @@ def run_command(
     module: whose flags `--help` lists.
     flag_values: where they are defined; of its own, so that two experiments may be imported into one process.
 
-  A `ValueError` of `prepare`, and a `RecordError` of either, is the user's to mend: one line on standard error and
+  A `ValueError` of `prepare`, and a `RecordError` or `DataError` of either, is the user's to mend: one line on standard error and
   exit code 2. Anything else is ours and keeps its traceback.
   """
   if {"--help", "-h", "-help"} & set(sys.argv[1:]):
@@ -210,7 +234,7 @@ def run_command(
     return _refuse(error)
   try:
     result = run()
-  except RecordError as error:
+  except (RecordError, DataError) as error:
     return _refuse(error)
   except KeyboardInterrupt:
     print("interrupted: what is done is kept, the same command continues from there", file=sys.stderr)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bsjax.data import RecordSource, Source
 from bsjax.probes import (
   Eigenpairs,
   GradientMoments,
@@ -22,7 +23,7 @@ from bsjax.probes import (
   noise_of,
 )
 from bsjax.study.measure_noise import NOISE_CHUNK, check_example_loss
-from bsjax.train import PROBE_STREAM, TrainState, Trial, chunked, evaluate, stream
+from bsjax.train import PROBE_STREAM, TrainState, Trial, evaluate_source, examples_that_fit, stream
 from bsjax.types import Array, Batch, Key, ModelState, Params
 from bsjax.workloads import Workload
 
@@ -36,20 +37,21 @@ LANCZOS_STEPS, LANCZOS_TOLERANCE = 60, 1e-3
 
 def split_metrics(workload: Workload) -> Callable[[TrainState], dict[str, Any]]:
   """Builds the row of probe "test": the metrics on the test set, which nothing else ever reads, and on the whole training set."""
-  return metrics_of("test", workload, {"test": workload.test.arrays, "train": workload.train.arrays})
+  return metrics_of("test", workload, {"test": workload.test, "train": workload.train})
 
 
 def metrics_of(
-  probe: str, workload: Workload, splits: Mapping[str, Mapping[str, np.ndarray]]
+  probe: str, workload: Workload, splits: Mapping[str, Source | RecordSource]
 ) -> Callable[[TrainState], dict[str, Any]]:
-  """Builds the row of a probe that measures the metrics on some examples, whose names go before those of the metrics."""
-  cut = {split: chunked(arrays) for split, arrays in splits.items()}
-  run = jax.jit(functools.partial(evaluate, workload.example_metrics))
+  """Builds the row of a probe that measures the metrics on some splits, whose names go before those of the metrics.
+
+  They are read ahead from the host, chunk by chunk: none needs to fit the device, or memory.
+  """
 
   def measure(state: TrainState) -> dict[str, Any]:
     row: dict[str, Any] = {"probe": probe, "step": int(state.step)}
-    for split, data in cut.items():
-      metrics = jax.device_get(run(state.params, state.model_state, data))
+    for split, source in splits.items():
+      metrics = evaluate_source(workload.example_metrics, state.params, state.model_state, source)
       row |= {f"{split}_{name}": value for name, value in metrics.items()}
     return row
 
@@ -66,7 +68,7 @@ class Measurements:
   def __init__(self, workload: Workload, batch_sizes: tuple[int, ...]) -> None:
     check_example_loss(workload)
     self.workload, self.batch_sizes = workload, batch_sizes
-    self.num_examples = len(workload.train)
+    self.num_examples = examples_that_fit(workload.train)
     self._split_metrics = split_metrics(workload)
     self._moments = jax.jit(self._gradient_moments)
     self._minibatches = jax.jit(self._minibatch_statistics)
@@ -84,7 +86,7 @@ class Measurements:
 
   def sharpness(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
     """Measures the largest eigenvalue of the Hessian of the mean training loss, with its residual norm."""
-    count = min(len(self.workload.train), HESSIAN_EXAMPLES)
+    count = min(self.num_examples, HESSIAN_EXAMPLES)
     top = self._top(state, self._first_examples(count), stream(jnp.uint32(trial.seed), PROBE_STREAM))
     value, residual, num_matvecs = jax.device_get((top.values[0], top.residuals[0], top.num_matvecs))
     yield {
@@ -99,7 +101,8 @@ class Measurements:
   def noise(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
     """Measures the gradient noise exactly over the training set, and that of sampled minibatches of every batch size.
 
-    Minibatches are drawn without replacement, as in training; which ones is a function of (seed, step).
+    Of a training set that does not fit the device it is that of its first `num_examples`, which every row has. Minibatches are drawn
+    without replacement, as in training; which ones is a function of (seed, step).
     """
     examples = self._first_examples(self.num_examples)
     moments, _ = finite_moments(functools.partial(self._moments, state.model_state), state.params, examples)

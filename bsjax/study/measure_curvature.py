@@ -120,9 +120,9 @@ class SharpMeasurements:
     self.workload, self.plan, self.folder = workload, plan, folder
     self.names = program_names(workload, plan)
     self.test = split_metrics(workload)
-    first = workload.train.first(plan.num_examples).arrays
+    first = workload.train.first(plan.num_examples)
     self.train = metrics_of("train", workload, {"train": first})
-    self.glance = metrics_of("test", workload, {"test": workload.test.arrays, "train": first})
+    self.glance = metrics_of("test", workload, {"test": workload.test, "train": first})
     make = functools.partial(Curvature, workload, mesh, plan.optimizer, num_examples=plan.num_examples)
     self.curvature = make(statistics=plan.statistics)
     self.compared = [make(statistics=name) for name in STATISTICS] if workload.batch_norm != "none" else []

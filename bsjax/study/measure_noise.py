@@ -32,7 +32,7 @@ from bsjax.probes import (
   two_batch_noise,
 )
 from bsjax.probes.leaves import group_leaves
-from bsjax.train import PROBE_STREAM, TrainState, Trial, stream
+from bsjax.train import PROBE_STREAM, TrainState, Trial, examples_that_fit, stream
 from bsjax.types import Array, Batch, Key, ModelState, Params
 from bsjax.workloads import Workload, num_params
 
@@ -65,21 +65,23 @@ def check_example_loss(workload: Workload) -> None:
 
 
 def route_population(workload: Workload) -> int:
-  """Counts the training examples on which the routes are compared: all, or the first as `MOST_GRADIENT_NUMBERS` allows."""
-  return int(min(len(workload.train), max(ROUTE_BATCH, MOST_GRADIENT_NUMBERS // num_params(workload))))
+  """Counts the training examples on which the routes are compared: all that fit, or the first as `MOST_GRADIENT_NUMBERS` allows."""
+  return int(min(examples_that_fit(workload.train), max(ROUTE_BATCH, MOST_GRADIENT_NUMBERS // num_params(workload))))
 
 
 class NoiseMeasurements:
   """The noise probes of one workload, with their compiled programs; calling it is the `probe` of `run_trials`.
 
-  Batch norm: `example_loss` uses the running statistics of the state.
+  Batch norm: `example_loss` uses the running statistics of the state. "The whole training set" of one that does not fit the device is
+  its first examples (`examples_that_fit`); every row has their number, `num_examples`.
   """
 
   def __init__(self, workload: Workload, mesh: Mesh) -> None:
     check_example_loss(workload)
     self.workload, self.mesh = workload, mesh
-    self.examples: Batch = {name: jnp.asarray(array) for name, array in workload.train.arrays.items()}
-    self.num_examples, size = len(workload.train), num_params(workload)
+    self.num_examples, size = examples_that_fit(workload.train), num_params(workload)
+    first = workload.train.first(self.num_examples)
+    self.examples: Batch = {name: jnp.asarray(array) for name, array in first.arrays.items()}
     self._forms: dict[str, str] = {}
     self.exact_hessian = 12 * size * self.num_examples**2 <= EXACT_HESSIAN_FLOPS
     self.exact_chunk = int(max(8, min(512, CHUNK_NUMBERS // size)))

@@ -16,7 +16,7 @@ from bsjax.study.plan import Plan, budget_steps, first_rates, make_config, make_
 from bsjax.study.progress import NOISE, TIMING, Progress
 from bsjax.study.timing import record_timing
 from bsjax.study.tune import tune_rate
-from bsjax.train import TrialConfig, make_trial, run_trials
+from bsjax.train import DataPath, TrialConfig, make_trial, run_trials
 from bsjax.workloads import Workload
 
 BUDGETS = ("epochs", "steps")
@@ -34,6 +34,7 @@ class _Study(NamedTuple):
   measurements: Measurements
   provenance: dict[str, Any]
   progress: Progress
+  data_path: DataPath | None
 
   @property
   def train_size(self) -> int:
@@ -62,17 +63,27 @@ class _Study(NamedTuple):
       probe=self.measurements,
       provenance={"kind": kind} | self.provenance,
       on_progress=lambda steps: self.progress.advance(config, steps),
+      data_path=self.data_path,
     )
     return [read_record(self.folder / trial.id) for trial in trials]
 
 
-def run_study(workload: Workload, plan: Plan, out: Path, *, mesh: Mesh, environment: dict[str, Any]) -> Path:
+def run_study(
+  workload: Workload,
+  plan: Plan,
+  out: Path,
+  *,
+  mesh: Mesh,
+  environment: dict[str, Any],
+  data_path: DataPath | None = None,
+) -> Path:
   """Runs the study into `out` and returns the path of the report.
 
   Args:
     out: a folder claimed by `open_folder`; trials go to `out/batch_size_study/`, results beside it.
     mesh: axes "trial" and "data".
     environment: versions, device, code revision and command line; shown in the report and kept in every `trial.json`.
+    data_path: "resident", "streamed", or by size; see `run_trials`.
 
   Holds: whatever is complete on disk is not computed again; the order of work depends on the plan and the records
   only. Timings are measured once, after all training, when this process does nothing else.
@@ -80,7 +91,9 @@ def run_study(workload: Workload, plan: Plan, out: Path, *, mesh: Mesh, environm
   folder = out / "batch_size_study"
   folder.mkdir(exist_ok=True)
   with Progress(workload, plan) as progress:
-    study = _Study(workload, plan, folder, mesh, Measurements(workload, plan.batch_sizes), environment, progress)
+    study = _Study(
+      workload, plan, folder, mesh, Measurements(workload, plan.batch_sizes), environment, progress, data_path
+    )
     tuned: dict[str, dict[str, Any]] = {choice: {} for choice in (*BUDGETS, "target")}
     for batch_size in plan.batch_sizes:
       progress.begin(f"batch size {batch_size}")

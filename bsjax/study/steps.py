@@ -140,7 +140,7 @@ def _measure_quality(sweep: Sweep, description: dict[str, Any], num_trials: int)
   The points are those that reached the target, from the fastest to the slowest at equal distances: what is best after the whole budget
   need not have been the fastest. A batch size where none did is left out.
   """
-  test = metrics_of("test", sweep.workload, {"test": sweep.workload.test.arrays})
+  test = metrics_of("test", sweep.workload, {"test": sweep.workload.test})
   for batch_size in sweep.plan.batch_sizes:
     sweep.progress.begin(batch_size, sweep.name)
     budget = sweep.budget(batch_size)

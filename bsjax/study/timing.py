@@ -14,26 +14,29 @@ from bsjax.types import Array, Batch, Hparams
 from bsjax.workloads import Workload
 
 TIMED_SECONDS, TIMED_REPEATS = 0.15, 5
-DISTINCT_BATCHES = 64
+DISTINCT_BATCHES, TIMED_BYTES = 64, 2**28
 
 
 def time_steps(workload: Workload, config: TrialConfig, hparams: Hparams) -> list[dict[str, Any]]:
   """Measures the seconds of one training step inside a compiled loop, without evaluation, one trial by itself.
 
   Compiles first, doubles the number of steps until a call takes half of `TIMED_SECONDS`, then times `TIMED_REPEATS` calls.
-  The batches are the first `DISTINCT_BATCHES` of an epoch's order, over and over.
+  The batches are the first `DISTINCT_BATCHES` of an epoch's order, over and over, drawn from the first examples that `TIMED_BYTES` hold, or
+  from one batch of them: reading the rest is not timed.
 
   Returns: one row per repeat with `seconds_per_step` and `examples_per_second` (wall clock).
   """
   step = make_step(workload, config)
-  train = {name: jnp.asarray(array) for name, array in workload.train.arrays.items()}
+  fitting = TIMED_BYTES * len(workload.train) // workload.train.nbytes
+  count = min(len(workload.train), max(config.batch_size, fitting))
+  train = {name: jnp.asarray(array) for name, array in workload.train.first(count).arrays.items()}
   key = stream(jnp.uint32(0), ORDER_STREAM)
   indices = segment_indices(
     key,
     jnp.int32(0),
     num_steps=DISTINCT_BATCHES,
     batch_size=config.batch_size,
-    num_examples=len(workload.train),
+    num_examples=count,
   )
 
   @jax.jit
