@@ -1,10 +1,13 @@
 """What the command line checks before anything is made."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
+from absl import flags
 
-from bsjax.study.command import check_spread, lane_plan
+from bsjax.data import DataError
+from bsjax.study.command import EXIT_BAD_INPUT, check_spread, forced_data_path, lane_plan, run_command
 from bsjax.train import PLANS
 
 
@@ -22,3 +25,20 @@ def test_plans_go_by_name():
   assert lane_plan("map") == PLANS["map"]
   with pytest.raises(ValueError, match="--plan=fast, wanted one of auto, sequential, map, vmap, map_of_vmap"):
     lane_plan("fast")
+
+
+def test_data_paths_go_by_name():
+  assert forced_data_path("auto") is None
+  assert forced_data_path("streamed") == "streamed"
+  with pytest.raises(ValueError, match="--data_path=disk, wanted one of auto, resident, streamed"):
+    forced_data_path("disk")
+
+
+def test_a_record_that_cannot_be_read_is_one_line_and_an_exit_code(monkeypatch, capsys):
+  def run():
+    raise DataError("example 7 of split 'train' of made_up cannot be read")
+
+  monkeypatch.setattr(sys, "argv", ["experiment"])
+  code = run_command(lambda: run, documentation="", module=__name__, flag_values=flags.FlagValues())
+  assert code == EXIT_BAD_INPUT
+  assert capsys.readouterr().err == "error: example 7 of split 'train' of made_up cannot be read\n"

@@ -1,16 +1,19 @@
 """Measurements on the quadratic, where each has a closed form."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bsjax.data import RecordSource, Source
+from bsjax.study import measure, timing
 from bsjax.study.measure import Measurements
 from bsjax.study.timing import TIMED_REPEATS, time_steps
 from bsjax.train import TrainState, TrialConfig, init_state, make_trial
 from bsjax.types import Hparams
-from bsjax.workloads import load_workload
+from bsjax.workloads import Workload, load_workload
 from bsjax.workloads.quadratic import SPECTRUM
 
 CONFIG = TrialConfig("quadratic", 8, 100, 1, probes=("test", "sharpness", "noise"), probe_steps=(100,))
@@ -97,3 +100,53 @@ def test_unused_state_fields_do_not_matter() -> None:
   bare = TrainState(state.step, state.params, state.model_state, ())
   measurements = Measurements(workload, (1,))
   assert measurements(trial, state) == measurements(trial, bare)
+
+
+class Records:
+  """A source's examples as records, which counts how many were read."""
+
+  def __init__(self, source: Source) -> None:
+    self.arrays, self.read = source.arrays, 0
+
+  def __len__(self) -> int:
+    return len(self.arrays["center"])
+
+  def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    self.read += len(indices)
+    return [{"center": self.arrays["center"][index]} for index in indices]
+
+
+def on_disk() -> Workload:
+  workload = load_workload("quadratic")
+  parts = {
+    split: RecordSource("quadratic", split, Records(source), lambda record: record, source.spec)
+    for split, source in (("train", workload.train), ("test", workload.test))
+    if isinstance(source, Source)
+  }
+  return dataclasses.replace(workload, **parts)
+
+
+def test_noise_is_that_of_the_first_examples_where_not_all_fit(rows: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+  """And the rows say of how many; the metrics, which are streamed, are still those of all."""
+  monkeypatch.setattr(measure, "examples_that_fit", lambda source: min(len(source), 100))
+  workload = on_disk()
+  few = dataclasses.replace(workload, train=workload.train.first(100))
+  trial = make_trial(dataclasses.replace(CONFIG, probes=("test", "noise")), Hparams(0.1), 0)
+  state = init_state(workload, "sgd", Hparams(*map(jnp.float32, trial.hparams)), jnp.uint32(0))
+  state = dataclasses.replace(state, step=jnp.int32(100))
+  test, *noise = Measurements(workload, (4, 200))(trial, state)
+  _, *expected = Measurements(few, (4, 200))(trial, state)
+  assert noise == expected
+  assert [row["num_examples"] for row in noise] == [100, 100]  # and no minibatches of 200
+  assert test == rows["test"][0]
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(8, 16), (32, 32)])
+def test_only_the_first_examples_are_read_to_be_timed(
+  batch_size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(timing, "TIMED_BYTES", 16 * 64)  # 16 examples of 16 numbers
+  monkeypatch.setattr(timing, "TIMED_SECONDS", 1e-6)
+  workload = on_disk()
+  time_steps(workload, TrialConfig("quadratic", batch_size, 1, 1), Hparams(0.1))
+  assert workload.train.records.read == count  # type: ignore[union-attr]

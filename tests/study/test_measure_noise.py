@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bsjax.study import measure_noise
 from bsjax.study.measure_noise import NoiseMeasurements, route_population
 from bsjax.train import TrainState, TrialConfig, init_state, make_mesh, make_trial
 from bsjax.types import Hparams
@@ -115,6 +116,7 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from bsjax.study import measure_noise
+from bsjax.study import measure_noise
 from bsjax.study.measure_noise import NoiseMeasurements
 from bsjax.train import TrialConfig, init_state, make_mesh, make_trial
 from bsjax.types import Hparams
@@ -156,3 +158,11 @@ def test_four_routes_agree_on_every_workload(route_rows: dict, name: str) -> Non
       # 4 standard errors of 64 batches, known to 9 %: a false alarm in about 1 of 10,000.
       assert abs(rows[route][quantity] - exact) < 4 * rows[route][f"{quantity}_sem"], (route, quantity)
       assert rows[route][f"{quantity}_sem"] < 0.3 * rows["exact"]["grad_cov_trace"]
+
+
+def test_the_first_examples_are_measured_where_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(measure_noise, "examples_that_fit", lambda source: min(len(source), 100))
+  workload = load_workload("quadratic")
+  measurements = NoiseMeasurements(workload, make_mesh())
+  np.testing.assert_array_equal(measurements.examples["center"], workload.train.arrays["center"][:100])
+  assert measurements.num_examples == route_population(workload) == 100

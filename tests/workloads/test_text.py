@@ -21,7 +21,7 @@ from bsjax.probes import (
 from bsjax.records import read_record
 from bsjax.train import TrialConfig, make_mesh, make_trial, run_trials
 from bsjax.types import Hparams
-from bsjax.workloads import Preset, Target, check_workload, num_params, splits, text
+from bsjax.workloads import Preset, Target, check_workload, num_params, text
 
 VOCAB, LENGTH = 7, 4
 PRESET = Preset(batch_sizes=(2, 4), base_learning_rate=0.1)
@@ -215,7 +215,7 @@ def test_workloads_on_paper(monkeypatch, name):
     asked.append((name, split, options))
     return Source(name, split, {"tokens": np.zeros((2, length + 1), dtype)})
 
-  monkeypatch.setattr(splits, "load_source", load)
+  monkeypatch.setattr("bsjax.workloads.splits.load_source", load)
   workload = text.text_workload(name, data_dir="here", manual_dir="there")
   options = {"data_dir": "here", "manual_dir": "there", "fake": False, "length": length}
   assert asked == [(dataset, split, options) for split in ("train", "validation", "test")]
