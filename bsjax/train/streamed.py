@@ -51,9 +51,8 @@ def read_blocks(
   Raises:
     DataError: when it is the turn of a block whose examples cannot be read.
   """
-  spread = spreads_batches(config, mesh)
-  sharding = NamedSharding(mesh, P(None, "data") if spread else P())
-  most = block_steps(source, config, mesh)
+  spread, sharding = spreads_batches(config, mesh), _block_sharding(config, mesh)
+  most, processes = block_steps(source, config, mesh), jax.process_count() if spread else 1
   batches = stream_batches(
     source,
     stream(jnp.uint32(seed), ORDER_STREAM),
@@ -62,20 +61,28 @@ def read_blocks(
     batch_size=config.batch_size,
     with_replacement=config.with_replacement,
     process_index=jax.process_index() if spread else 0,
-    process_count=jax.process_count() if spread else 1,
+    process_count=processes,
   )
+
+  def fill(count: int) -> dict[str, np.ndarray]:
+    shape = most, config.batch_size // processes
+    local = {name: np.zeros((*shape, *spec.shape), spec.dtype) for name, spec in source.spec.items()}
+    for number in range(count):
+      for name, array in next(batches).items():
+        local[name][number] = array
+    return local
+
+  def put(array: np.ndarray) -> Array:
+    return jax.make_array_from_process_local_data(sharding, array, (most, config.batch_size, *array.shape[2:]))
+
   for step in range(first_step, config.num_steps, config.eval_every):
     for begin in range(step, step + config.eval_every, most):
       count = min(most, step + config.eval_every - begin)
-      rows = [next(batches) for _ in range(count)]
-      local = {name: np.stack([*(row[name] for row in rows), *[rows[-1][name]] * (most - count)]) for name in rows[0]}
-      yield Block(
-        {
-          name: jax.make_array_from_process_local_data(sharding, array, (most, config.batch_size, *array.shape[2:]))
-          for name, array in local.items()
-        },
-        count,
-      )
+      yield Block({name: put(array) for name, array in fill(count).items()}, count)
+
+
+def _block_sharding(config: TrialConfig, mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P(None, "data") if spreads_batches(config, mesh) else P())
 
 
 @jax.jit
@@ -112,11 +119,10 @@ def _compile(
     return jax.tree.map(lambda value: value[None, None], row_of(log, metrics))
 
   lanes, copies = lane_sharding(mesh), everywhere(mesh)
-  batch_sharding = NamedSharding(mesh, P(None, "data")) if spreads_batches(config, mesh) else copies
   return (
     jax.jit(
       block,
-      in_shardings=(lanes, lanes, lanes, copies, copies, batch_sharding, copies),
+      in_shardings=(lanes, lanes, lanes, copies, copies, _block_sharding(config, mesh), copies),
       out_shardings=(lanes, copies),
       donate_argnums=0,
     ),
