@@ -29,6 +29,12 @@ def _splits(workload: Workload) -> dict[str, dict[str, np.ndarray]]:
   }
 
 
+def _extent(workload: Workload) -> str:
+  """Says how much was looked at where that is not all; to be put behind what was found."""
+  on_disk = not all(isinstance(split, Source) for split in (workload.train, workload.validation, workload.test))
+  return f" (looked at: the first {MOST_RECORDS:,} of each split)" if on_disk else ""
+
+
 def check_data(case: Case) -> Diagnosis:
   """Compares arrays, shapes and dtypes of the splits, and looks for lengths that differ and numbers that are not finite."""
   workload, faults = case.workload, []
@@ -55,7 +61,9 @@ def check_data(case: Case) -> Diagnosis:
     return Diagnosis("data", "fix", "; ".join(faults), numbers)
   shapes = ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in wanted.items())
   sizes = " / ".join(f"{int(size):,}" for size in numbers.values())
-  return Diagnosis("data", "ok", f"{sizes} examples to train, validate, test; {shapes}; all finite", numbers)
+  return Diagnosis(
+    "data", "ok", f"{sizes} examples to train, validate, test; {shapes}; all finite{_extent(workload)}", numbers
+  )
 
 
 def check_duplicates(case: Case) -> Diagnosis:
@@ -78,7 +86,7 @@ def check_duplicates(case: Case) -> Diagnosis:
     )
   if any(shared.values()):
     return Diagnosis("duplicates", "note", f"{told} are in train too", numbers)
-  return Diagnosis("duplicates", "ok", "no example of validation or test is in train", numbers)
+  return Diagnosis("duplicates", "ok", f"no example of validation or test is in train{_extent(case.workload)}", numbers)
 
 
 def check_labels(case: Case) -> Diagnosis:
@@ -104,7 +112,7 @@ def check_labels(case: Case) -> Diagnosis:
   numbers = {"classes": float(classes)} | {f"{role}_outside": float(len(at)) for role, at in outside.items()}
   wrong = [role for role, at in outside.items() if len(at)]
   if not wrong:
-    return Diagnosis("labels", "ok", f"all within 0 to {classes - 1}", numbers)
+    return Diagnosis("labels", "ok", f"all within 0 to {classes - 1}{_extent(workload)}", numbers)
   role, at = wrong[0], int(outside[wrong[0]][0])
   loss = float(workload.example_loss(*case.variables, {name: array[at] for name, array in splits[role].items()}))
   message = (
@@ -129,7 +137,12 @@ def check_classes(case: Case) -> Diagnosis:
   told = (
     f"{len(classes)} in train, of {counts.min():,} to {counts.max():,} examples; always guessing the largest scores"
   )
-  return Diagnosis("classes", "note" if unseen else "ok", f"{told} {counts.max() / len(label):.3g}{more}", numbers)
+  return Diagnosis(
+    "classes",
+    "note" if unseen else "ok",
+    f"{told} {counts.max() / len(label):.3g}{more}{_extent(case.workload)}",
+    numbers,
+  )
 
 
 def check_metrics(case: Case) -> Diagnosis:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import bsjax.study.doctor
+import bsjax.study.doctor_data
 import bsjax.study.doctor_program
+from bsjax.data import RecordSource, Source
 from bsjax.study.diagnosis import Diagnosis, compare, make_case
 from bsjax.study.doctor import CHECKS, as_json, examine, needs_fixing
 from bsjax.study.doctor_program import device_bytes, largest_batch, readable, step_bytes
@@ -53,6 +55,32 @@ def test_numbers_are_strict_json() -> None:
   assert as_json([diagnosis]) == [
     {"check": "mean", "status": "fix", "message": "words", "numbers": {"loss": None, "size": 2.0, "top": None}}
   ]
+
+
+class Records:
+  """A split on disk: fetches several records at once, and remembers how many it was asked for."""
+
+  def __init__(self, source: Source) -> None:
+    self.source, self.asked = source, 0
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitems__(self, indices):
+    self.asked += len(indices)
+    return [self.source.fetch(index) for index in indices]
+
+
+def test_of_splits_on_disk_the_first_examples_are_looked_at_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(bsjax.study.doctor_data, "MOST_RECORDS", 10)
+  few = {name: CHECKS[name] for name in ("data", "duplicates", "labels", "classes")}
+  monkeypatch.setattr(bsjax.study.doctor, "CHECKS", few)
+  records = {split: Records(getattr(good(), split)) for split in ("train", "validation", "test")}
+  sources = {split: RecordSource("made_up", split, r, dict, r.source.spec) for split, r in records.items()}
+  for diagnosis in examine(broken(**sources)):
+    assert diagnosis.status == "ok"
+    assert diagnosis.message.endswith("(looked at: the first 10 of each split)")
+  assert {split: r.asked for split, r in records.items()} == {"train": 2 * 32 + 10, "validation": 10, "test": 10}
 
 
 def test_the_docs_explain_every_line() -> None:
