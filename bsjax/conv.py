@@ -1,4 +1,4 @@
-"""A convolution that stays fast inside loops and differentiates in every mode, and a max pool of slices.
+"""A convolution that stays fast inside loops and differentiates in every mode, its transpose, and a max pool of slices.
 
 XLA's CPU compiler brings a convolution into the form of its fast kernel only in the entry computation of a module; in the
 body of `scan`, `while` or `map` a convolution with any other order of dimensions runs in a naive loop nest, 10 to 100 times
@@ -20,7 +20,7 @@ adds lanes.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -49,14 +49,18 @@ class Geometry(NamedTuple):
     return height, width
 
 
-def conv(x: Array, w: Array, *, stride: int = 1, padding: Literal["SAME", "VALID"] = "SAME") -> Array:
+Padding = Literal["SAME", "VALID"] | int
+"""`"SAME"` pads with zeros to an output of `ceil(H / stride)`, `"VALID"` does not pad, a number pads every edge by so many."""
+
+
+def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:
   """Convolves images with a kernel (a cross-correlation, as in every deep-learning library).
 
   Args:
     x: `float[B, H, W, I]`.
     w: `float[kh, kw, I, O]`, of the dtype of `x`.
     stride: The step in both directions.
-    padding: `"SAME"` pads with zeros to an output of `ceil(H / stride)`; `"VALID"` does not pad.
+    padding: As `Padding` says.
 
   Returns:
     `float[B, H', W', O]`, equal to `lax.conv_general_dilated` in value and in all derivatives up to rounding.
@@ -68,34 +72,63 @@ def conv(x: Array, w: Array, *, stride: int = 1, padding: Literal["SAME", "VALID
     raise ValueError(f"conv got x{x.shape} and w{w.shape}; wanted x[B, H, W, I] and w[kh, kw, I, O] with equal I.")
   if x.dtype != w.dtype:
     raise ValueError(f"conv got x of {x.dtype} and w of {w.dtype}; cast one of them so that both are the same.")
-  (height, width), (kernel_height, kernel_width) = x.shape[1:3], w.shape[:2]
-  vertical, horizontal = lax.padtype_to_pads((height, width), (kernel_height, kernel_width), (stride, stride), padding)
-  geometry = Geometry((height, width), (kernel_height, kernel_width), stride, (vertical, horizontal))
-  if min(geometry.output_size) < 1:
-    raise ValueError(f"conv got x{x.shape} and w{w.shape}, a kernel larger than the image; use padding='SAME'.")
+  geometry = _geometry(x, (w.shape[0], w.shape[1]), stride, padding)
   return _bind(convolution_p, x[None], w[None], geometry)[0]
 
 
-def max_pool(x: Array) -> Array:
-  """Takes the maximum of each 2x2 window, with stride 2; an odd last row or column is dropped.
+def transposed_conv(x: Array, w: Array) -> Array:
+  """Doubles height and width by a transposed convolution of stride 2 with a 4x4 kernel.
 
-  Three pairwise maxima of strided slices: the gradient of `lax.reduce_window` is a `select_and_scatter`, which was 6 to 15
+      y[n, 2 i + a - 1, 2 j + b - 1, o]  +=  sum_c x[n, i, j, c] w[a, b, c, o]        for all i, j and 0 <= a, b < 4
+
+  It is the transpose of the convolution of stride 2 and "SAME" padding with the same kernel, its channels exchanged. Computed as one
+  convolution of stride 1: an output at (2 m + p, 2 n + q) sees a 2x2 window of `x` that starts at (m + p - 1, n + q - 1), so the four
+  kernels 2x2, one for each parity (p, q), are convolved side by side as 4 O channels, which are then interleaved.
+
+  Args:
+    x: `float[B, H, W, I]`.
+    w: `float[4, 4, I, O]`, of the dtype of `x`.
+
+  Returns:
+    `float[B, 2 H, 2 W, O]`.
+  """
+  (batch, height, width, _), (_, _, inputs, outputs) = x.shape, w.shape
+  # Read backwards, entry 2 s + p of the kernel belongs to parity p and to place s of its window.
+  by_parity = w[::-1, ::-1].reshape(2, 2, 2, 2, inputs, outputs).transpose(0, 2, 4, 1, 3, 5)
+  z = conv(x, by_parity.reshape(2, 2, inputs, 4 * outputs), padding=1)
+  z = z.reshape(batch, height + 1, width + 1, 2, 2, outputs)
+  rows = [jnp.stack([z[:, p : p + height, q : q + width, p, q] for q in (0, 1)], axis=3) for p in (0, 1)]
+  return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, outputs)
+
+
+def max_pool(x: Array, *, window: int = 2, stride: int = 2, padding: Padding = "VALID") -> Array:
+  """Takes the maximum of each square window; by default of 2x2 with stride 2, where an odd last row or column is dropped.
+
+  Pairwise maxima of strided slices: the gradient of `lax.reduce_window` is a `select_and_scatter`, which was 6 to 15
   times slower than theirs on the CPU.
 
   Holds: where the maximum is unique, value and gradient are those of `nn.max_pool`. Ties share the gradient here
-  (`jnp.maximum` halves it at each of its two levels: two equal entries get 1/2 each, four get 1/4 each), whereas
-  `select_and_scatter` gives all of it to the first. After a ReLU ties are at zero, where no gradient passes either way.
+  (`jnp.maximum` halves it each time it meets two equal entries: of a 2x2 window two equal entries get 1/2 each, four get 1/4 each),
+  whereas `select_and_scatter` gives all of it to the first. After a ReLU ties are at zero, where no gradient passes either way.
 
   Args:
     x: `float[B, H, W, C]`.
+    window: Rows, and columns, of a window. Windows may overlap.
+    stride: From one window to the next.
+    padding: As `Padding` says, but padded entries are never a maximum; less than `window` at each edge.
 
   Returns:
-    `float[B, H // 2, W // 2, C]`.
+    `float[B, H', W', C]`; by default `H' = H // 2`.
+
+  Raises:
+    ValueError: If a window is larger than the padded image.
   """
-  height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-  top = jnp.maximum(x[:, 0:height:2, 0:width:2], x[:, 0:height:2, 1:width:2])
-  bottom = jnp.maximum(x[:, 1:height:2, 0:width:2], x[:, 1:height:2, 1:width:2])
-  return jnp.maximum(top, bottom)
+  geometry = _geometry(x, (window, window), stride, padding)
+  if any(edge for edges in geometry.padding for edge in edges):
+    x = jnp.pad(x, ((0, 0), *geometry.padding, (0, 0)), constant_values=-jnp.inf)
+  seen = _strided_slices(x, geometry)
+  rows = [reduce(jnp.maximum, seen[a : a + window]) for a in range(0, window**2, window)]
+  return reduce(jnp.maximum, rows)
 
 
 def image_patches(x: Array, geometry: Geometry) -> Array:
@@ -104,14 +137,32 @@ def image_patches(x: Array, geometry: Geometry) -> Array:
   With `w` as a matrix `[kh kw I, O]` the convolution is `image_patches(x, geometry) @ w`. Made of slices, `kh kw` times the memory of `x`.
   """
   padded = jnp.pad(x, ((0, 0), *geometry.padding, (0, 0)))
+  return jnp.concatenate(_strided_slices(padded, geometry), axis=-1)
+
+
+def _geometry(x: Array, kernel_size: tuple[int, int], stride: int, padding: Padding) -> Geometry:
+  size = x.shape[1:3]
+  if isinstance(padding, int):
+    pads = [(padding, padding)] * 2
+  else:
+    pads = lax.padtype_to_pads(size, kernel_size, (stride, stride), padding)
+  geometry = Geometry((size[0], size[1]), kernel_size, stride, (pads[0], pads[1]))
+  if min(geometry.output_size) < 1:
+    raise ValueError(
+      f"a window of {kernel_size} is larger than the image x{x.shape} with {padding=}; use padding='SAME'."
+    )
+  return geometry
+
+
+def _strided_slices(padded: Array, geometry: Geometry) -> list[Array]:
+  """Lists, for each position of the kernel, row by row, the entries it meets: each `[N, H', W', C]`."""
   height, width = geometry.output_size
   stride = geometry.stride
-  seen = [
+  return [
     padded[:, a : a + stride * (height - 1) + 1 : stride, b : b + stride * (width - 1) + 1 : stride]
     for a in range(geometry.kernel_size[0])
     for b in range(geometry.kernel_size[1])
   ]
-  return jnp.concatenate(seen, axis=-1)
 
 
 # The three maps, one lane each: the plain form, and the form of XLA's fast CPU kernel.
