@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bsjax.models import conv, max_pool
+from bsjax.models import conv, max_pool, transposed_conv
 
 # Float64 sums of at most about 1,000 terms of order one, summed in another order: 1000 x 2.2e-16, with room for a factor 5.
 TOLERANCE = 1e-12
@@ -63,6 +63,19 @@ def test_value_and_both_gradients_equal_the_plain_convolution(stride, padding):
 
     for actual, expected in of_all(pairs):
       assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [((7, 7), 3), ((3, 3), 1), ((1, 1), 0)])
+def test_padding_by_a_number_pads_every_edge(kernel, padding):
+  def value_and_pullback(convolution, padding, x, w):
+    y, pullback = jax.vjp(lambda x, w: convolution(x, w, stride=2, padding=padding), x, w)
+    return y, pullback(jnp.cos(y))
+
+  with jax.enable_x64(True):
+    x, w = operands((8, 7), kernel, jnp.float64)
+    pads = [(padding, padding)] * 2
+    assert_close(value_and_pullback(conv, padding, x, w), value_and_pullback(plain_conv, pads, x, w))
+    assert conv(x, w, stride=2, padding=padding).shape == (3, 4, 4, 4)
 
 
 def derivatives(convolution, x, w, dx, dw):
@@ -147,6 +160,33 @@ def test_bfloat16_in_bfloat16_out():
     assert np.max(error) <= 3 * 2**-9 * np.max(np.abs(wide_grad))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+def test_transposed_convolution_is_the_transpose_of_a_convolution_of_stride_2(size):
+  with jax.enable_x64(True):
+    x, w = operands(size, (4, 4), jnp.float64)
+    dx, dw = jnp.flip(x), jnp.flip(w)
+
+    def transpose(x, w):
+      images = jax.ShapeDtypeStruct((len(x), 2 * size[0], 2 * size[1], w.shape[3]), x.dtype)
+      return jax.linear_transpose(lambda y: plain_conv(y, w.swapaxes(2, 3), stride=2), images)(x)[0]
+
+    @jax.jit
+    def of_both(x, w, dx, dw):
+      def of(doubled):
+        def loss(x, w):
+          return jnp.sum(jnp.sin(doubled(x, jnp.tanh(w))))
+
+        grad = jax.grad(loss, (0, 1))
+        per_example = jax.vmap(jax.grad(lambda example, w: loss(example[None], w), 1), (0, None))(x, w)
+        return doubled(x, w), grad(x, w), jax.jvp(grad, (x, w), (dx, dw))[1], per_example
+
+      return of(transposed_conv), of(transpose)
+
+    actual, expected = of_both(x, w, dx, dw)
+    assert actual[0].shape == (3, 2 * size[0], 2 * size[1], 4)
+    assert_close(actual, expected, tolerance=10 * TOLERANCE)  # two derivatives, and entries up to about 10
+
+
 CANONICAL = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
 
 
@@ -211,6 +251,38 @@ def test_max_pool_equals_the_windowed_maximum_where_it_is_unique(size):
 
   # A maximum and a selected cotangent are copies: no rounding.
   assert_close(of(max_pool), of(lambda x: nn.max_pool(x, (2, 2), (2, 2))), tolerance=0)
+
+
+@pytest.mark.parametrize(
+  ("window", "stride", "padding"),
+  [(3, 2, "SAME"), (3, 2, 1), (3, 2, "VALID"), (2, 2, "SAME"), (3, 1, "SAME"), (2, 3, "VALID")],
+)
+def test_max_pools_of_any_window_equal_the_windowed_maximum(window, stride, padding):
+  """In value, gradient, Hessian product and gradients per example; negative entries, which a padding with zeros would beat."""
+  with jax.enable_x64(True):
+    x = operands((7, 6), dtype=jnp.float64)[0] - 10
+    dx = jnp.flip(x)
+    pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+
+    @jax.jit
+    def of_both(x, dx):
+      def of(pool):
+        def loss(x):
+          return jnp.sum(jnp.sin(pool(x)))
+
+        per_example = jax.vmap(jax.grad(lambda example: loss(example[None])))(x)
+        return pool(x), jax.grad(loss)(x), jax.jvp(jax.grad(loss), (x,), (dx,))[1], per_example
+
+      plain = of(lambda x: nn.max_pool(x, (window, window), (stride, stride), pads))
+      return of(lambda x: max_pool(x, window=window, stride=stride, padding=padding)), plain
+
+    # Where windows overlap, the cotangents of an entry are added in another order.
+    assert_close(*of_both(x, dx), tolerance=TOLERANCE)
+
+
+def test_a_window_larger_than_the_image_is_refused():
+  with pytest.raises(ValueError, match=r"\(3, 3\) is larger than the image x\(1, 2, 4, 1\) with padding='VALID'"):
+    max_pool(jnp.ones((1, 2, 4, 1)), window=3)
 
 
 def test_max_pool_shares_the_gradient_of_ties():

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import assert_is, convolved, layers_of, mapped, num_parameters, pooled
 
-from bsjax.models import Conv, cnn, mlp
+from bsjax.models import Conv, cnn, lenet, mlp, simple_cnn
 
 KEY = jax.random.key(3)
 
@@ -183,7 +184,7 @@ def test_ghost_batches_that_do_not_fit_are_refused():
 
 
 def test_the_simple_cnn_is_that_of_shallue():
-  model = cnn((8, 8, 1), 3, channels=(4, 5), kernel_size=5, pool_every=1, widths=(6,))
+  model = cnn((8, 8, 1), 3, channels=(4, 5), kernel_size=5, pool_every=1, widths=(6,))  # simple_cnn at a smaller size
   variables = variables_of(model)
   images = images_of((2, 8, 8, 1))
   x = images
@@ -198,11 +199,38 @@ def test_the_simple_cnn_is_that_of_shallue():
     x = x.reshape(2, -1) @ p["kernel"] + p["bias"]
     x = x if last else nn.relu(x)
   np.testing.assert_allclose(applied(model, variables, images, train=True)[0], x, rtol=1e-4, atol=1e-3)
-  whole = cnn((28, 28, 1), 10, channels=(32, 64), kernel_size=5, pool_every=1, widths=(1024,))
-  convolutions = 25 * 32 + 32 + 25 * 32 * 64 + 64
-  dense = 7 * 7 * 64 * 1024 + 1024 + 1024 * 10 + 10
-  counted = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(whole.init, KEY).params))
-  assert counted == convolutions + dense == 3_274_634
+
+
+@pytest.mark.parametrize(("size", "c"), [("narrow", 16), ("base", 32), ("wide", 64)])
+def test_sizes_of_the_simple_cnn(size, c):
+  model = simple_cnn((28, 28, 1), 10, size=size)
+  assert layers_of(model, (28, 28, 1)) == [f"c{c}/5/1@28", f"c{2 * c}/5/1@14", f"f{32 * c}", "f10"]
+  convolutions = 25 * c + c + 25 * c * 2 * c + 2 * c
+  dense = 7 * 7 * 2 * c * 32 * c + 32 * c + 32 * c * 10 + 10
+  assert num_parameters(model) == convolutions + dense
+  assert size != "base" or convolutions + dense == 3_274_634
+
+
+def test_an_unknown_size_is_refused():
+  with pytest.raises(ValueError, match="size='huge'; wanted one of narrow, base, wide"):
+    simple_cnn((28, 28, 1), 10, size="huge")
+
+
+def test_lenet():
+  """The second convolution does not pad: 14x14 become 10x10, and 5x5x16 = 400 after the pool."""
+  model = lenet((28, 28, 1), 10)
+  assert layers_of(model, (28, 28, 1)) == ["c6/5/1@28", "c16/5/1@14", "f120", "f84", "f10"]
+  convolutions = (25 * 6 + 6) + (25 * 6 * 16 + 16)
+  assert num_parameters(model) == convolutions + (400 * 120 + 120) + (120 * 84 + 84) + (84 * 10 + 10) == 61_706
+
+  def by_hand(p, state, x):
+    for layer, padding in enumerate(("SAME", "VALID")):
+      x = pooled(nn.relu(convolved(x, p[f"Conv_{layer}"], padding=padding)))
+    for layer in range(2):
+      x = nn.relu(mapped(x, p[f"Dense_{layer}"]))
+    return mapped(x, p["Dense_2"])
+
+  assert_is(lenet((14, 12, 2), 3), by_hand, (2, 14, 12, 2))
 
 
 def test_cnn_is_convolutions_a_pool_and_a_dense_layer():

@@ -1,4 +1,5 @@
-"""A batch spread over eight (fake) devices gives the values of one device: convolutions, pools and batch norm.
+"""A batch spread over eight (fake) devices gives the values of one device: convolutions, pools, batch norm and dropout; ghost batches of
+the devices' share give the norm of each device by itself.
 
 The number of CPU devices is fixed when JAX starts, so all cases run in one process of their own.
 """
@@ -13,7 +14,7 @@ import pytest
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from bsjax.models import cnn, mlp
+from bsjax.models import cnn, imagenet_resnet, mlp
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 generator = np.random.default_rng(0)
@@ -36,16 +37,31 @@ def difference(actual, expected):
 models = {
   "cnn": cnn((8, 8, 1), 10, channels=(4, 6)),
   "batch norm": mlp((8, 8, 1), (16, 16), 10, batch_norm="running"),
+  "images": imagenet_resnet((8, 8, 1), 10, blocks=(1,), channels=2),
+  "dropout": cnn((8, 8, 1), 10, channels=(4,), widths=(16,), dropout=0.5),
 }
 for name, model in models.items():
   params, state = variables_of(model)
 
   def loss(params, state, images):
-    logits, state = model.apply(params, state, images, train=True)
+    logits, state = model.apply(params, state, images, train=True, key=jax.random.key(1))
     return jnp.mean(jnp.sin(logits)), state
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
   print(f"{name}: {difference(step(params, state, sharded), step(params, state, images))}")
+
+# The norm of Goyal et al.: ghost batches of the two examples of a device, against each device normalising its own.
+norms = {size: imagenet_resnet((8, 8, 1), 10, blocks=(), channels=4, ghost_size=size) for size in (0, 2)}
+params, state = variables_of(norms[0])
+
+def logits_of(size):
+  return lambda images: norms[size].apply(params, state, images, train=True)[0]
+
+alone = jax.jit(jax.shard_map(logits_of(0), mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+ghost = jax.jit(logits_of(2))
+print(f"ghost: {difference(ghost(sharded), alone(sharded))}")
+for name, size in (("reductions of ghosts", 2), ("reductions of the batch", 0)):
+  print(f"{name}: {jax.jit(logits_of(size)).lower(sharded).compile().as_text().count('all-reduce(')}")
 
 params, state = variables_of(models["cnn"])
 
@@ -68,15 +84,22 @@ print(f"trials: {difference(mapped(trials, images), jax.jit(grads)(trials, image
 
 @pytest.fixture(scope="module")
 def differences():
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # LLVM takes most of the time
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
   root = Path(__file__).parents[2]
   command = [sys.executable, "-W", "error", "-c", PROGRAM]
-  done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
+  done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   return dict(line.split(": ") for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("case", ["cnn", "batch norm", "shard_map", "trials"])
+@pytest.mark.parametrize("case", ["cnn", "batch norm", "images", "dropout", "ghost", "shard_map", "trials"])
 def test_sharded_equals_single_device(differences, case):
   # float32 sums of up to 1,000 terms, split in eight: 1000 x 6e-8 in the worst case; relative to the largest entry.
   assert float(differences[case]) < 6e-5
+
+
+def test_moments_of_ghost_batches_cross_no_device(differences):
+  """The network has one norm; its mean and its variance take an all-reduce each, or none."""
+  assert int(differences["reductions of ghosts"]) == 0
+  assert int(differences["reductions of the batch"]) == 2
