@@ -21,7 +21,10 @@ CIFAR_CLASSES = {"cifar10": (10,), "cifar100": (20, 100)}
 SHAKESPEARE = "".join(f"Line {number} of a play.\n" for number in range(100))
 SENTENCES = {
   "training-monolingual.tokenized.shuffled/news.en-00001-of-00100": [f"The {n} cats sat ." for n in range(300)],
-  "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": ["A d\u00f6g  ran \u00bd a mile .  ", "A dog ran ."],
+  "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": [
+    "A d\u00f6g  ran \u00bd a mile .  ",
+    "A dog ran .",
+  ],
   "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": [f"{n} dogs slept ." for n in range(8)],
   "heldout-monolingual.tokenized.shuffled/news.en.heldout-00001-of-00050": ["The end ."],
 }
