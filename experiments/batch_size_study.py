@@ -64,13 +64,14 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   data_path: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   if smoke:
     sizes = loaded.preset.batch_sizes
     overrides = {"batch_sizes": (sizes[0], sizes[len(sizes) // 2], sizes[-1])} | SMOKE | _given(overrides)
@@ -79,7 +80,7 @@ def prepare(
   mesh, path = make_mesh(trial=trial_devices), forced_data_path(data_path)
   return claim_folder(
     out,
-    {"experiment": "batch_size_study"} | workload_settings(workload) | plan.__dict__,
+    {"experiment": "batch_size_study"} | workload_settings(workload, fake_data=fake_data) | plan.__dict__,
     lambda folder: run_study(loaded, plan, folder, mesh=mesh, environment=describe_environment(), data_path=path),
   )
 

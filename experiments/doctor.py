@@ -35,6 +35,9 @@ _DATA_DIR = flags.DEFINE_string(
 _MANUAL_DIR = flags.DEFINE_string(
   "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=_FLAGS
 )
+_FAKE_DATA = flags.DEFINE_bool(
+  "fake_data", False, "random data of the right shapes, to try a workload without its files", flag_values=_FLAGS
+)
 
 
 def prepare(
@@ -43,17 +46,21 @@ def prepare(
   out: str | Path | None = None,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   aloud: bool = False,
 ) -> Callable[[], list[Diagnosis]]:
   """Loads the workload, claims `out`, and returns the examination; `aloud` prints each line as it is found."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   if out is not None:
     open_folder(Path(out), {"experiment": "doctor"})
 
   def examination() -> list[Diagnosis]:
     diagnoses = examine_aloud(loaded) if aloud else list(examine(loaded))
     if out is not None:
-      content = workload_settings(workload) | {"diagnoses": as_json(diagnoses), "environment": describe_environment()}
+      content = workload_settings(workload, fake_data=fake_data) | {
+        "diagnoses": as_json(diagnoses),
+        "environment": describe_environment(),
+      }
       write_json(Path(out) / "doctor.json", content)
     return diagnoses
 
@@ -68,7 +75,12 @@ def run(workload: str = "digits_mlp", **options: Any) -> list[Diagnosis]:
 def _prepare_from_flags() -> Callable[[], int]:
   use_compilation_cache()
   examination = prepare(
-    _WORKLOAD.value, out=_OUT.value, data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value, aloud=True
+    _WORKLOAD.value,
+    out=_OUT.value,
+    data_dir=_DATA_DIR.value,
+    manual_dir=_MANUAL_DIR.value,
+    fake_data=_FAKE_DATA.value,
+    aloud=True,
   )
   return lambda: int(needs_fixing(examination()))
 

@@ -63,13 +63,14 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   plan: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   if smoke:
     largest = loaded.preset.batch_sizes[-1]
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -81,7 +82,7 @@ def prepare(
   check_spread((arms_plan.reference_batch_size, *arms_plan.batch_sizes), mesh)
   return claim_folder(
     out,
-    {"experiment": "large_batch"} | workload_settings(workload) | arms_plan.__dict__,
+    {"experiment": "large_batch"} | workload_settings(workload, fake_data=fake_data) | arms_plan.__dict__,
     lambda folder: run_large_batch_study(
       loaded, arms_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
     ),

@@ -64,6 +64,7 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   plan: str = "auto",
@@ -72,7 +73,7 @@ def prepare(
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
   if task not in TRANSFERS:
     raise ValueError(f"--task={task!r} is unknown: use one of {', '.join(TRANSFERS)}")
-  transfer = TRANSFERS[task](data_dir=data_dir, manual_dir=manual_dir)
+  transfer = TRANSFERS[task](data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   check_example_loss(transfer.pretrain)
   if smoke:
     sizes = transfer.pretrain.preset.batch_sizes
@@ -85,7 +86,7 @@ def prepare(
     check_spread((part.reference_batch_size, *part.batch_sizes), mesh)
   return claim_folder(
     out,
-    {"experiment": "pretrain_finetune", "task": task} | arms_plan.settings,
+    {"experiment": "pretrain_finetune", "task": task} | ({"fake_data": True} if fake_data else {}) | arms_plan.settings,
     lambda folder: run_pretrain_study(
       transfer, arms_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
     ),

@@ -67,13 +67,14 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   plan: str = "auto",
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   check_example_loss(loaded)
   if smoke:
     sizes = loaded.preset.batch_sizes
@@ -86,7 +87,7 @@ def prepare(
   check_spread(scaling_plan.batch_sizes, mesh)
   return claim_folder(
     out,
-    {"experiment": "scaling_rules"} | workload_settings(workload) | scaling_plan.__dict__,
+    {"experiment": "scaling_rules"} | workload_settings(workload, fake_data=fake_data) | scaling_plan.__dict__,
     lambda folder: run_scaling_study(
       loaded, scaling_plan, folder, mesh=mesh, environment=describe_environment(), lane_plan=lanes
     ),

@@ -63,12 +63,13 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir)
+  loaded = load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data)
   check_example_loss(loaded)
   if smoke:
     sizes = loaded.preset.batch_sizes
@@ -78,7 +79,7 @@ def prepare(
   mesh = make_mesh(trial=trial_devices)
   return claim_folder(
     out,
-    {"experiment": "sharp_minima"} | workload_settings(workload) | plan.__dict__,
+    {"experiment": "sharp_minima"} | workload_settings(workload, fake_data=fake_data) | plan.__dict__,
     lambda folder: run_sharp_study(loaded, plan, folder, mesh=mesh, environment=describe_environment()),
   )
 

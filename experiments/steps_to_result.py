@@ -87,6 +87,7 @@ def prepare(
   *,
   data_dir: str | None = None,
   manual_dir: str | None = None,
+  fake_data: bool = False,
   smoke: bool = False,
   trial_devices: int = 1,
   plan: str = "auto",
@@ -94,7 +95,9 @@ def prepare(
   **overrides: Any,
 ) -> Callable[[], Path]:
   """Checks everything that can be wrong before a step is made, claims `out`, and returns the run."""
-  loaded = with_validation(load_workload(workload, data_dir=data_dir, manual_dir=manual_dir), validation_examples)
+  loaded = with_validation(
+    load_workload(workload, data_dir=data_dir, manual_dir=manual_dir, fake_data=fake_data), validation_examples
+  )
   if smoke:
     sizes = loaded.preset.batch_sizes
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -106,7 +109,7 @@ def prepare(
   return claim_folder(
     out,
     {"experiment": "steps_to_result"}
-    | workload_settings(workload)
+    | workload_settings(workload, fake_data=fake_data)
     | {
       "quality_trials": steps_plan.quality_trials,
       "validation_examples": len(loaded.validation),

@@ -21,7 +21,7 @@ from bsjax.train import DATA_PATHS, PLANS, DataPath, Plan
 from bsjax.workloads import WORKLOADS
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
-STUDY_FLAGS = ("workload", "out", "data_dir", "manual_dir", "trial_devices", "smoke")
+STUDY_FLAGS = ("workload", "out", "data_dir", "manual_dir", "fake_data", "trial_devices", "smoke")
 HELP_WIDTH = 118
 SHOWN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scipy")
 
@@ -109,6 +109,9 @@ def define_study_flags(out: str, *, smoke: str) -> flags.FlagValues:
   flags.DEFINE_string("data_dir", None, "where data sets are prepared, or where raw files lie", flag_values=study_flags)
   flags.DEFINE_string(
     "manual_dir", None, "where raw files lie already, for machines without a network", flag_values=study_flags
+  )
+  flags.DEFINE_bool(
+    "fake_data", False, "random data of the right shapes, to try a workload without its files", flag_values=study_flags
   )
   flags.DEFINE_integer(
     "trial_devices", 1, "devices across which trials are spread; the rest share batches", flag_values=study_flags

@@ -11,7 +11,7 @@ from bsjax.models import Model
 from bsjax.types import Array, Batch, Example, Key, ModelState, Params
 from bsjax.workloads.logits import Smoothing, workload_from_logits
 from bsjax.workloads.splits import DataOptions, load_splits
-from bsjax.workloads.workload import BatchNorm, Preset, Target, Workload
+from bsjax.workloads.workload import BatchNorm, Preset, Target, Workload, fake_preset
 
 
 def classification(
@@ -75,7 +75,7 @@ def classification(
     validation=validation,
     test=test,
     target=target,
-    preset=preset,
+    preset=fake_preset(preset) if data.get("fake_data") else preset,
     batch_logits=batch_logits if trains_otherwise else None,
     batch_norm=batch_norm,
     label_smoothing=label_smoothing,

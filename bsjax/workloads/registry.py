@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bsjax.data import DataError
+from bsjax.workloads.further import f2_substitute, svhn_autoencoder
 from bsjax.workloads.own_code import OWN_WORKLOAD, call_own, check_signature, load_function, source_path
 from bsjax.workloads.quadratic import quadratic
 from bsjax.workloads.text import TEXTS, text_workload
@@ -15,7 +16,7 @@ from bsjax.workloads.workload import Workload, check_workload
 WORKLOADS: dict[str, Callable[..., Workload]] = {
   **{name: functools.partial(vision_workload, name) for name in RECIPES},
   **{name: functools.partial(text_workload, name) for name in TEXTS},
-  "quadratic": quadratic,
+  **{function.__name__: function for function in (f2_substitute, svhn_autoencoder, quadratic)},
 }
 
 

@@ -16,7 +16,7 @@ from bsjax.data import RecordSource, Source
 from bsjax.models import BILLION_WORD_LSTMS, TRANSFORMERS, Model, language_model, lstm
 from bsjax.types import Array, Example, Metrics, ModelState, Params
 from bsjax.workloads.splits import DataOptions, Splits, load_splits
-from bsjax.workloads.workload import Preset, Target, Workload, mean_train_loss
+from bsjax.workloads.workload import Preset, Target, Workload, fake_preset, mean_train_loss
 
 
 class TextRecipe(NamedTuple):
@@ -101,7 +101,7 @@ def language_modelling(
     validation=validation,
     test=test,
     target=target,
-    preset=preset,
+    preset=fake_preset(preset) if data.get("fake_data") else preset,
     example_outputs=example_logits,
     output_loss=output_loss,
     tokens_per_example=length,

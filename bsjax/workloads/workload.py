@@ -44,6 +44,19 @@ class Preset(NamedTuple):
   """What "at equal training loss" means: solutions are compared where they first reach it."""
 
 
+def fake_preset(preset: Preset) -> Preset:
+  """Shrinks a preset to what fake data can serve: a few steps at small batch sizes, to see that everything runs."""
+  return preset._replace(
+    batch_sizes=(4, 8, 16),
+    reference_batch_size=8,
+    num_epochs=1,
+    num_steps=8,
+    num_rates=3,
+    tuning_seeds=1,
+    final_seeds=3,
+  )
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
   """Everything training and probes need to know of a problem.
