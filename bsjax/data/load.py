@@ -5,6 +5,7 @@ Every data set goes through TFDS alike. The arrays of an official part are also 
 this lies is told in `folders.py`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,6 +247,6 @@ def _record_source(name: str, split: str, dataset: Dataset, folders: Folders) ->
     positions = positions[_labelled(labels[positions], dataset.labels)]
   root = _copy(dataset, folders)
   with quiet(progress=False):
-    records = open_records(dataset, part, root, encoded=True)
+    records = dataclasses.replace(open_records(dataset, part, root, encoded=True), positions=positions)
   decode = functools.partial(decode_photo, dataset=dataset, folder=records.folder)
-  return RecordSource(name, split, records.at(positions), decode, dataset.example)
+  return RecordSource(name, split, records, decode, dataset.example)

@@ -26,10 +26,6 @@ class Records:
   def __len__(self) -> int:
     return len(self.positions)
 
-  def at(self, positions: np.ndarray) -> "Records":
-    """Returns those of these records that are at `positions`."""
-    return Records(self.folder, self.data_source, self.positions[positions])
-
   def __getitems__(self, indices: Sequence[int], /) -> Sequence[Any]:
     try:
       return self.data_source.__getitems__(self.positions[list(indices)].tolist())
