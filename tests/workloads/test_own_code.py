@@ -57,6 +57,10 @@ BAD = {
     "import jax.numpy as jnp\ndef make():\n  return jnp.ones(2) @ jnp.ones(3)",
     "(line 3 of own.py)",
   ),
+  "fails in bsjax": (
+    "from bsjax.probes.leaves import dot\ndef make():\n  return dot(None, None)",
+    "'NoneType' object has no attribute 'dtype' (line 3 of own.py)",
+  ),
   "returns the wrong thing": ("def make(): return 3", "own.py:make returned int, wanted a bsjax.workloads.Workload"),
   "returns nothing": ("def make(): pass", "returned NoneType, wanted a bsjax.workloads.Workload"),
   "missing package": (
@@ -163,7 +167,9 @@ def test_a_file_may_define_dataclasses_and_take_the_folders(folder: Path) -> Non
   """Dataclasses with postponed annotations look for their module by name."""
   text = "from __future__ import annotations\nimport dataclasses\n" + GOOD.split('"""\n', 1)[1]
   text += "\n\n@dataclasses.dataclass\nclass Net:\n  width: int = 3\n"
-  text += "\n\ndef make(data_dir, manual_dir=None):\n  assert data_dir == 'there'\n  return make_workload()\n"
+  text += (
+    "\n\ndef make(data_dir, manual_dir=None, *rest, **more):\n  assert data_dir == 'there'\n  return make_workload()\n"
+  )
   (folder / "own.py").write_text(text)
   assert load_workload("own.py:make", data_dir="there").name == "my_softmax_regression"
 
