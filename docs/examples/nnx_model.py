@@ -21,7 +21,7 @@ def init(key):
 
 
 def apply(params, statistics, batch, train):
-  model = nnx.merge(GRAPH, params, statistics, copy=True)  # a copy: its statistics may change inside jax.grad
+  model = nnx.merge(GRAPH, params, statistics)  # from plain arrays, so new: it may change inside jax.grad
   model.set_attributes(use_running_average=not train)
   return model(batch["image"].reshape(-1, 64) / 16.0), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
