@@ -93,6 +93,7 @@ def test_each_stage_goes_on_where_the_one_before_ended(tmp_path):
   assert [record.metrics[-1]["step"] for record in records] == [64, 32, 16]
   rows = join_stages(records)
   assert [rows[-1][name] for name in ("step", "examples_seen", "batch_size")] == [112, 512 + 512 + 256, 16]
+  assert "tokens_seen" not in rows[0].keys() | records[0].metrics[0].keys()  # no text
   steps = [row["step"] for row in rows]
   assert steps == sorted({*steps})
   # From 1/2 tr(H) it falls to the noise of its rate over batch size, and does not begin anew with a stage.
