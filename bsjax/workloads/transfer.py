@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsjax.data import Source
-from bsjax.models import Model, mlp
+from bsjax.models import language_model, mlp
 from bsjax.types import Key, Params, Variables
 from bsjax.workloads.classification import classification
 from bsjax.workloads.splits import DataOptions
+from bsjax.workloads.text import language_modelling
 from bsjax.workloads.workload import Preset, Target, Workload
+
+
+TARGET = Target("validation_accuracy", 0.95, "max")
+SHAKESPEARE_LENGTH = 32
 
 
 class Transfer(NamedTuple):
@@ -66,38 +71,50 @@ def start_from(pretrained: Variables, workload: Workload, head: Collection[str],
   return dataclasses.replace(workload, name=name, init=jax.jit(init))
 
 
-def _halves(name: str, whole: Callable[[], Workload], head: str) -> Transfer:
-  """Builds the transfer from the first five of ten classes to the other five."""
-  workload = whole()
-  first, second = (with_classes(workload, f"{name}_{part[0]}to{part[-1]}", part) for part in (range(5), range(5, 10)))
-  return Transfer(first, second, (head,))
-
-
-def _digits(model: Model, **data: Unpack[DataOptions]) -> Workload:
-  return classification(
+def digits(**data: Unpack[DataOptions]) -> Transfer:
+  """The digits 0 to 4, then 5 to 9: a 64-64-5 perceptron, about 500 examples of each."""
+  whole = classification(
     "digits",
     "digits",
-    model,
+    mlp((8, 8, 1), (64,), 5),
     pixel_max=16.0,
-    target=Target("validation_accuracy", 0.95, "max"),
+    target=TARGET,
     preset=Preset((8, 32, 128, 256), 0.2, reference_batch_size=8, num_epochs=32),
     **data,
   )
-
-
-def digits(**data: Unpack[DataOptions]) -> Transfer:
-  """The digits 0 to 4, then 5 to 9: a 64-64-5 perceptron, about 500 examples of each."""
-  return _halves("digits", lambda: _digits(mlp((8, 8, 1), (64,), 5), **data), "Dense_1")
+  parts = {"0to4": range(5), "5to9": range(5, 10)}
+  first, second = (with_classes(whole, f"{whole.name}_{name}", part) for name, part in parts.items())
+  return Transfer(first, second, ("Dense_1",))
 
 
 def mnist(**data: Unpack[DataOptions]) -> Transfer:
   """MNIST's digits 0 to 4, then 5 to 9: a 784-128-128-5 perceptron, about 27,000 examples of each."""
-  preset = Preset((32, 128, 512, 2048), 0.1, num_epochs=2)
-  target = Target("validation_accuracy", 0.95, "max")
-  model = mlp((28, 28, 1), (128, 128), 5)
-  return _halves(
-    "mnist", lambda: classification("mnist", "mnist", model, target=target, preset=preset, **data), "Dense_2"
+  model, preset = mlp((28, 28, 1), (128, 128), 5), Preset((32, 128, 512, 2048), 0.1, num_epochs=2)
+  first, second = (
+    classification(name, name, model, target=TARGET, preset=preset, **data) for name in ("mnist_0to4", "mnist_5to9")
   )
+  return Transfer(first, second, ("Dense_2",))
 
 
-TRANSFERS: dict[str, Callable[..., Transfer]] = {function.__name__: function for function in (digits, mnist)}
+def shakespeare(**data: Unpack[DataOptions]) -> Transfer:
+  """Bytes of Shakespeare's tragedies and histories, then of his comedies and romances: a decoder of two blocks of width 64."""
+  model = language_model(256, SHAKESPEARE_LENGTH, width=64, num_heads=2)
+  preset = Preset((8, 32, 128, 512), 0.3, reference_batch_size=32, num_epochs=2)
+  first, second = (
+    language_modelling(
+      f"shakespeare_{domain}",
+      f"tiny_shakespeare_{domain}",
+      model,
+      length=SHAKESPEARE_LENGTH,
+      target=Target("validation_loss", 2.7, "min"),
+      preset=preset,
+      **data,
+    )
+    for domain in ("tragedies", "comedies")
+  )
+  return Transfer(first, second, ())
+
+
+TRANSFERS: dict[str, Callable[..., Transfer]] = {
+  function.__name__: function for function in (digits, mnist, shakespeare)
+}

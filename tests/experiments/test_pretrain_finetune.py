@@ -128,5 +128,5 @@ def test_bad_flag_is_one_line_and_touches_nothing(
 
 
 def test_an_unknown_task_is_refused_from_python_too(tmp_path: Path) -> None:
-  with pytest.raises(ValueError, match="--task='mnits' is unknown: use one of digits, mnist"):
+  with pytest.raises(ValueError, match="--task='mnits' is unknown: use one of digits, mnist, shakespeare"):
     pretrain_finetune.run("mnits", tmp_path / "out")

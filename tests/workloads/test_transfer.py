@@ -65,3 +65,20 @@ def test_without_a_head_every_parameter_is_kept(digits):
   )
   params = start_from(stacked, digits.finetune, (), "fine").init(jax.random.key(1)).params
   assert all(bool(jnp.all(leaf == 1)) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+  ("task", "names"),
+  [("mnist", ("mnist_0to4", "mnist_5to9")), ("shakespeare", ("shakespeare_tragedies", "shakespeare_comedies"))],
+)
+def test_the_other_tasks_have_one_network_and_two_data_sets(task, names):
+  transfer = TRANSFERS[task](fake_data=True)
+  assert (transfer.pretrain.name, transfer.finetune.name) == tuple(f"fake_{name}" for name in names)
+  shapes = [jax.eval_shape(workload.init, jax.random.key(0)).params for workload in transfer[:2]]
+  assert shapes[0] == shapes[1]
+  assert set(transfer.head) <= set(shapes[0])
+  first, second = (workload.train for workload in transfer[:2])
+  assert first.name != second.name
+  if task == "mnist":
+    assert shapes[0][transfer.head[0]]["kernel"].shape[-1] == 5
+    assert max(first.arrays["label"].max(), second.arrays["label"].max()) < 5
