@@ -16,7 +16,6 @@ from bsjax.workloads.splits import DataOptions
 from bsjax.workloads.text import language_modelling
 from bsjax.workloads.workload import Preset, Target, Workload
 
-
 TARGET = Target("validation_accuracy", 0.95, "max")
 SHAKESPEARE_LENGTH = 32
 
