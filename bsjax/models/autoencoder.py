@@ -13,7 +13,7 @@ from bsjax.models.norm import BatchNormMode, make_norm
 from bsjax.types import Array
 
 LEAKY_SLOPE = 0.1
-"""Of the encoder's leaky ReLU, for negative inputs: that of Chen et al. (2016), appendix C."""
+"""Of the encoder's leaky ReLU, for negative inputs."""
 
 
 def autoencoder(
@@ -48,9 +48,9 @@ def autoencoder(
   Raises:
     ValueError: If H or W is no multiple of 16.
 
-  Source: McCandlish et al. (2018), appendix A.4, name the architecture of InfoGAN, on SVHN. So the encoder is the recognition network and
-  the decoder the generator that Chen et al. (2016), appendix C, list for SVHN. Our choices are the code's size, the loss and batch norm as
-  Chen et al. have it, of all of which McCandlish et al. say nothing; and a sigmoid for pixels in [0, 1], where Chen et al. have a tanh.
+  Source: McCandlish et al. (2018), appendix A.4, name the architecture of InfoGAN (Chen et al., 2016), on SVHN. We could not look up its
+  list of layers: those here are ours, of its kind (a recognition network as encoder, a generator as decoder), and so are the code's
+  size, the slope of the leaky ReLU, the sigmoid and the loss.
   """
   if len(input_shape) != 3 or input_shape[0] % 16 or input_shape[1] % 16:
     raise ValueError(
