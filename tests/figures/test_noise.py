@@ -67,7 +67,7 @@ def _hollow(axes):
 
 
 def test_every_claim_has_its_figure():
-  rooms = (study, noise, estimators, sharpness, landscape, dynamics, steps, scaling, large_batch)
+  rooms = (study, noise, estimators, sharpness, landscape, dynamics, steps, scaling, large_batch, pretrain)
   assert set(FIGURES) == {name for room in rooms for name in room.FIGURES}
   assert len(FIGURES) == sum(len(room.FIGURES) for room in rooms)
   further = [getattr(room, "FURTHER_FIGURES", {}) for room in rooms]
