@@ -19,6 +19,7 @@ from bsjax.figures import (
   landscape,
   large_batch,
   noise,
+  pretrain,
   scaling,
   sharpness,
   steps,
