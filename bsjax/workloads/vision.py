@@ -1,7 +1,7 @@
 """The image workloads by name: those of the papers, at laptop size and at full size.
 
-Each is a `Recipe`. Those on CIFAR, SVHN and ImageNet were never trained here: shapes and parameter counts are tested, and a step, a probe
-and an evaluation on random data; their presets are the papers' numbers where a paper has them, else a guess.
+Each is a `Recipe`. Those on CIFAR, SVHN and ImageNet were never trained here: shapes and parameter counts are tested, and of some a step, a
+probe and an evaluation on random data; their presets are the papers' numbers where a paper has them, else a guess.
 """
 
 import functools
