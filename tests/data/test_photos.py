@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import io
-import pickle
 
 import numpy as np
 import pytest
@@ -135,12 +134,6 @@ def test_preparing_counts_labels_for_the_half_of_classes_only(copy, table, tmp_p
   with np.load(root / "arrays" / "imagenet2012" / "train.npz") as kept:
     assert kept.files == ["label"]
     assert kept["label"].tolist() == [record["label"] for record in records(copy, "train")]
-
-
-def test_a_source_can_go_to_another_process(copy, table):
-  train = load_source("imagenet2012", "train", data_dir=copy)
-  again = pickle.loads(pickle.dumps(train))  # noqa: S301 - our own bytes
-  np.testing.assert_array_equal(again.fetch(np.array([4]))["image"], train.fetch(np.array([4]))["image"])
 
 
 # Damage.
