@@ -91,6 +91,8 @@ class RecordSource:
     Raises:
       DataError: a record that cannot be read or decoded, by name, split and number.
     """
+    if not len(indices):  # `np.stack` wants at least one
+      return {name: np.empty((0, *spec.shape), spec.dtype) for name, spec in self.spec.items()}
     try:
       rows = [self.decode(record) for record in self.records.__getitems__([int(index) for index in indices])]
       return {name: np.stack([row[name] for row in rows]) for name in self.spec}

@@ -16,7 +16,7 @@ MOST_RECORDS = 4096
 MOST_EVALUATED = 1024
 MOST_SHARED = 0.01
 """The share of an evaluation split that may be in the training set: well-known data sets have a few duplicates."""
-LABEL = "label"
+LABEL, TOKENS = "label", "tokens"
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,23 +90,26 @@ def check_duplicates(case: Case) -> Diagnosis:
 
 
 def check_labels(case: Case) -> Diagnosis:
-  """Compares the labels with the number of logits, and says what the loss gives outside of them."""
+  """Compares labels, or tokens of a text, with the number of logits, and says what the loss gives outside of them."""
   workload, splits = case.workload, _splits(case.workload)
-  if workload.example_outputs is None or LABEL not in case.batch:
+  name = TOKENS if workload.tokens_per_example and LABEL not in case.batch else LABEL
+  things = "tokens" if name == TOKENS else "labels"
+  if workload.example_outputs is None or name not in case.batch:
     return Diagnosis(
       "labels", "note", f"not checked: the classes are known only with example_outputs, and an array {LABEL!r}"
     )
   example = jax.tree.map(lambda array: array[0], case.batch)
-  outputs, label = jax.eval_shape(workload.example_outputs, *case.variables, example), np.asarray(example[LABEL])
-  if label.dtype.kind not in "iu" or outputs.shape[:-1] != label.shape or not outputs.shape:
+  outputs, label = jax.eval_shape(workload.example_outputs, *case.variables, example), np.asarray(example[name])
+  predicted = label[1:] if name == TOKENS else label
+  if label.dtype.kind not in "iu" or outputs.shape[:-1] != predicted.shape or not outputs.shape:
     return Diagnosis(
       "labels",
       "note",
-      f"not checked: outputs {list(outputs.shape)} are no logits of labels {label.dtype}{list(label.shape)}",
+      f"not checked: outputs {list(outputs.shape)} are no logits of {things} {label.dtype}{list(label.shape)}",
     )
   classes = outputs.shape[-1]
   outside = {
-    role: np.flatnonzero(((a[LABEL] < 0) | (a[LABEL] >= classes)).reshape(len(a[LABEL]), -1).any(axis=1))
+    role: np.flatnonzero(((a[name] < 0) | (a[name] >= classes)).reshape(len(a[name]), -1).any(axis=1))
     for role, a in splits.items()
   }
   numbers = {"classes": float(classes)} | {f"{role}_outside": float(len(at)) for role, at in outside.items()}
@@ -116,8 +119,8 @@ def check_labels(case: Case) -> Diagnosis:
   role, at = wrong[0], int(outside[wrong[0]][0])
   loss = float(workload.example_loss(*case.variables, {name: array[at] for name, array in splits[role].items()}))
   message = (
-    f"{sum(map(len, outside.values()))} examples have labels outside 0 to {classes - 1}, first {role} example {at} with "
-    f"{splits[role][LABEL][at]}; example_loss gives {loss:.4g} there and raises nothing: mend the labels, or add logits"
+    f"{sum(map(len, outside.values()))} examples have {things} outside 0 to {classes - 1}, first {role} example "
+    f"{at} with {splits[role][name][at]}; example_loss gives {loss:.4g} there and raises nothing: mend the {things}, or add logits"
   )
   return Diagnosis("labels", "fix", message, numbers)
 

@@ -1,7 +1,7 @@
 """State, step, segment, trial, plan, pool of lanes, checkpoint."""
 
 from bsjax.train.checkpoint import restore_final
-from bsjax.train.evaluate import Chunked, chunked, evaluate, evaluate_source
+from bsjax.train.evaluate import Chunked, chunked, eval_chunk, evaluate, evaluate_source
 from bsjax.train.path import DATA_PATHS, DataPath, choose_data_path, examples_that_fit
 from bsjax.train.plan import PLANS, Plan
 from bsjax.train.pool import run_trials
@@ -28,6 +28,7 @@ __all__ = [
   "choose_data_path",
   "chunked",
   "device_arrays",
+  "eval_chunk",
   "evaluate",
   "evaluate_source",
   "examples_that_fit",

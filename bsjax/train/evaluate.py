@@ -1,18 +1,20 @@
 """Metrics over a whole data set: sums and counts, no example dropped, none counted twice."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsjax.data import RecordSource, Source, read_ahead
+from bsjax.data import RecordSource, Source, Spec, read_ahead
 from bsjax.types import Array, Example, Metrics, ModelState, Params
 
 EVAL_CHUNK = 1024
-"""Examples evaluated at a time; a matter of memory, not of results."""
+"""Examples evaluated at a time, at most; a matter of memory, not of results."""
+EVAL_BYTES = 2**28
+"""The largest array that an evaluation makes of its examples, unless a single example's is larger; the same on every machine."""
 
 
 class Chunked(NamedTuple):
@@ -34,6 +36,44 @@ def chunked(arrays: Mapping[str, np.ndarray], chunk_size: int = EVAL_CHUNK) -> C
   return Chunked({name: cut(array) for name, array in arrays.items()}, cut(np.ones(num_examples, np.float32)))
 
 
+def eval_chunk(
+  example_metrics: Callable[[Params, ModelState, Example], Metrics],
+  params: Params,
+  model_state: ModelState,
+  spec: Mapping[str, Spec],
+) -> int:
+  """Counts the examples to evaluate at a time: `EVAL_CHUNK`, or those whose largest intermediate array takes `EVAL_BYTES`.
+
+  The metrics are traced for two and for three examples, nothing is computed: what grows between the two is one example's share (a text of
+  256 tokens over 32,000 words has 33 MB of logits, so eight of them are evaluated at a time).
+
+  Args:
+    params, model_state: arrays, or their shapes.
+    spec: shape and dtype of an example's arrays.
+  """
+
+  def sizes(count: int) -> list[int]:
+    examples = {name: jax.ShapeDtypeStruct((count, *one.shape), one.dtype) for name, one in spec.items()}
+    together = jax.vmap(example_metrics, in_axes=(None, None, 0))
+    return list(_sizes_of_values(jax.make_jaxpr(together)(params, model_state, examples).jaxpr))
+
+  largest = max(three - two for two, three in zip(sizes(2), sizes(3), strict=True))
+  return min(EVAL_CHUNK, max(1, EVAL_BYTES // max(1, largest)))
+
+
+def _sizes_of_values(jaxpr: Any) -> Iterator[int]:
+  """Yields the bytes of all that a program computes, programs inside it included."""
+  for equation in jaxpr.eqns:
+    yield from (out.aval.size * out.aval.dtype.itemsize for out in equation.outvars)
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+      if _is_program(inner):
+        yield from _sizes_of_values(getattr(inner, "jaxpr", inner))
+
+
+def _is_program(value: Any) -> bool:
+  return hasattr(value, "eqns")
+
+
 def evaluate(
   example_metrics: Callable[[Params, ModelState, Example], Metrics],
   params: Params,
@@ -49,18 +89,24 @@ def evaluate_source(
   params: Params,
   model_state: ModelState,
   source: Source | RecordSource,
+  chunk_size: int | None = None,
 ) -> Metrics:
   """Averages as `evaluate`, over a split that is read ahead from the host; waits for the result.
 
   The chunks are those of `chunked`, one after the other through one compiled program; two are on the device at a time, the one that is
   computed and the next. Every process reads all of them.
 
+  Args:
+    chunk_size: None: `eval_chunk`, which traces the metrics anew in every call.
+
   Raises:
     DataError: a record that cannot be read.
 
   Holds: on the CPU bitwise what `evaluate` gives (a test).
   """
-  num_chunks, size = _equal_chunks(len(source), EVAL_CHUNK)
+  if chunk_size is None:
+    chunk_size = eval_chunk(example_metrics, params, model_state, source.spec)
+  num_chunks, size = _equal_chunks(len(source), chunk_size)
   positions = np.arange(num_chunks * size).reshape(num_chunks, size)
   last = len(source) - 1
   # beyond the end the last example again, at weight 0

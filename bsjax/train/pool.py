@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from bsjax.records import RecordError, append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
 from bsjax.train.checkpoint import restore_checkpoint, restore_final, save_checkpoint, save_final
-from bsjax.train.evaluate import chunked
+from bsjax.train.evaluate import chunked, eval_chunk
 from bsjax.train.path import DataPath, choose_data_path
 from bsjax.train.plan import Plan, decide_plan, num_lanes
 from bsjax.train.segment import (
@@ -212,7 +212,9 @@ def _prepare(
     plan = decide_plan(Plan(), workload, waiting, folder, mesh, checkpoints)
     return _Way(path, plan, segment, workload.train, workload.validation, most_rows=1)
   train = device_arrays(workload.train.arrays, mesh)
-  validation = jax.device_put(chunked(workload.validation.arrays), everywhere(mesh))
+  shapes = jax.eval_shape(workload.init, jax.random.key(0))
+  size = eval_chunk(workload.example_metrics, shapes.params, shapes.model_state, workload.validation.spec)
+  validation = jax.device_put(chunked(workload.validation.arrays, size), everywhere(mesh))
   plan = decide_plan(plan, workload, waiting, folder, mesh, checkpoints, train, validation)
   segment = build_segment(workload, config, num_lanes(plan, mesh), mesh, plan.in_turn)
   return _Way(path, plan, segment, train, validation, most_rows=rows_per_segment(config))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bsjax.data import RecordSource, Source, stream_batches
-from bsjax.train.evaluate import evaluate_source
+from bsjax.train.evaluate import eval_chunk, evaluate_source
 from bsjax.train.path import device_memory
 from bsjax.train.segment import Rows, everywhere, lane_sharding, program_config, row_of, spreads_batches
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, stream
@@ -154,6 +154,8 @@ def streamed_segment(workload: Workload, config: TrialConfig, mesh: Mesh) -> Cal
   block, finish = _compile(workload, program_config(config), mesh)
   noise = {name: jnp.zeros(config.eval_every, dtype) for name, dtype in NOISE_COLUMNS.items() if config.noise_route}
   blank = jax.device_put(StepLog(jnp.zeros(config.eval_every), noise), everywhere(mesh))
+  shapes = jax.eval_shape(workload.init, jax.random.key(0))
+  chunk_size = eval_chunk(workload.example_metrics, shapes.params, shapes.model_state, workload.validation.spec)
   position: tuple[int, int] | None = None
   blocks: Iterator[Block] = iter(())
 
@@ -180,7 +182,8 @@ def streamed_segment(workload: Workload, config: TrialConfig, mesh: Mesh) -> Cal
         first += count
         jax.block_until_ready(previous)  # so that the block before is off the device when the next one comes
       params, model_state = _only_lane((states.params, states.model_state))
-      rows.append(finish(log, evaluate_source(workload.example_metrics, params, model_state, validation)))
+      metrics = evaluate_source(workload.example_metrics, params, model_state, validation, chunk_size)
+      rows.append(finish(log, metrics))
       step += config.eval_every
     position = seed, step
     return states, jax.tree.map(lambda *values: jnp.concatenate(values, axis=1), *rows)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bsjax.data import RecordSource, Source
+from bsjax.data import DATASETS, RecordSource, Source
 from bsjax.models import BILLION_WORD_LSTMS, TRANSFORMERS, Model, language_model, lstm
 from bsjax.types import Array, Example, Metrics, ModelState, Params
 from bsjax.workloads.splits import DataOptions, Splits, load_splits
@@ -59,7 +59,7 @@ def language_modelling(
     are unsigned bytes, `bits_per_byte` = loss / log 2.
 
   Raises:
-    ValueError: a split whose examples are not L + 1 integers.
+    ValueError: a split whose examples are not L + 1 integers, or, of splits in memory, a token that has no logit.
   """
   sources = load_splits(dataset, length=length, **data) if isinstance(dataset, str) else dataset
   for source in sources:
@@ -70,6 +70,9 @@ def language_modelling(
   def example_logits(params: Params, model_state: ModelState, example: Example) -> Array:
     inputs = example["tokens"][:-1].astype(jnp.int32)
     return model.apply(params, model_state, inputs[None], train=False)[0][0]
+
+  if not isinstance(dataset, str):  # those of `load_source` were cut by the vocabulary of the recipe
+    _check_vocabulary(sources, example_logits, model)
 
   def token_losses(logits: Array, example: Example) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["tokens"][1:].astype(jnp.int32))
@@ -118,10 +121,22 @@ def _check_tokens(source: Source | RecordSource, length: int) -> None:
     )
 
 
-BYTES = 256
-"""Tokens of tiny_shakespeare."""
-LM1B_VOCABULARY = 32_000
-"""Subwords of lm1b, as `bsjax.data` learns them. McCandlish et al. (2018) have 40,000 of their own."""
+def _check_vocabulary(sources: Splits, example_logits: Callable[..., Array], model: Model) -> None:
+  variables = jax.eval_shape(model.init, jax.random.key(0))
+  example = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in sources[0].spec.items()}
+  words = jax.eval_shape(example_logits, variables.params, variables.model_state, example).shape[-1]
+  for source in sources:
+    if isinstance(source, Source) and len(source):
+      tokens = source.arrays["tokens"]
+      if tokens.min() < 0 or tokens.max() >= words:
+        raise ValueError(
+          f"tokens of {source.name} {source.split} go from {tokens.min()} to {tokens.max()}, the model has logits for 0 to {words - 1}: "
+          "give it a larger vocabulary or cut the text anew."
+        )
+
+
+BYTES, SUBWORDS = (DATASETS[name].num_labels for name in ("tiny_shakespeare", "lm1b"))
+"""Tokens of the vocabularies. McCandlish et al. (2018) have 40,000 of their own on LM1B."""
 
 # SGD in batches of 32, 320 steps, one seed: validation loss 2.68 of the decoder at rate 0.3 and 2.18 of the LSTM at rate 1.
 SHAKESPEARE = Preset(
@@ -160,7 +175,7 @@ TEXTS: Mapping[str, TextRecipe] = {
   "lm1b_transformer": TextRecipe(
     'Transformer ("base" of `TRANSFORMERS`) on LM1B in bfloat16 to the goal of Shallue et al. (2019); P = 35,329,024',
     "lm1b",
-    lambda: language_model(LM1B_VOCABULARY, 64, **TRANSFORMERS["base"], dtype=jnp.bfloat16),
+    lambda: language_model(SUBWORDS, 64, **TRANSFORMERS["base"], dtype=jnp.bfloat16),
     64,
     Target("validation_loss", 3.9, "min"),
     LM1B,
@@ -169,7 +184,7 @@ TEXTS: Mapping[str, TextRecipe] = {
   "lm1b_lstm": TextRecipe(
     'LSTM ("2048" of `BILLION_WORD_LSTMS`) on LM1B in bfloat16, McCandlish et al. (2018), to a perplexity of 50; P = 102,931,712',
     "lm1b",
-    lambda: lstm(LM1B_VOCABULARY, 20, **BILLION_WORD_LSTMS["2048"], dtype=jnp.bfloat16),
+    lambda: lstm(SUBWORDS, 20, **BILLION_WORD_LSTMS["2048"], dtype=jnp.bfloat16),
     20,
     Target("validation_last_token_loss", math.log(50), "min"),
     LM1B,

@@ -132,6 +132,14 @@ def test_a_bad_record_is_named_when_its_turn_comes():
   assert "\n" not in str(raised.value)
 
 
+def test_no_examples_have_the_shapes_of_examples():
+  fetched = numbers(10).fetch(np.array([], np.int64))
+  some = numbers(10).fetch(np.array([3, 4]))
+  assert {name: (array.shape, array.dtype) for name, array in fetched.items()} == {
+    name: ((0, *array.shape[1:]), array.dtype) for name, array in some.items()
+  }
+
+
 def test_a_record_that_does_not_decode_is_named():
   def broken(record: int) -> dict[str, Any]:
     return {"x": np.zeros(2 + (record == 7), np.float32), "label": np.int32(record)}

@@ -13,9 +13,13 @@ import pytest
 from problems import classifier
 
 from bsjax.data import Source
+from bsjax.models import lstm
 from bsjax.types import Variables
 from bsjax.workloads import Preset, Target
+from bsjax.workloads.text import language_modelling
 from tests.study.examined import CLASSES, FEATURES, HIDDEN, broken, diagnose, good, init, logits, source
+
+TARGET = Target("validation_loss", 1.0, "min")
 
 
 def with_params(**more: Callable[[], Any]) -> Callable[..., Variables]:
@@ -33,6 +37,18 @@ def dropped(params, model_state, batch, key, *, reduce=jnp.mean):
 
 def normalised(params, model_state, batch, key):
   return jnp.mean(losses(params, batch | {"x": batch["x"] - jnp.mean(batch["x"], axis=0)})), model_state
+
+
+def spoken(token: int) -> dict[str, Any]:
+  """A text over 5 words, whose validation set has `token` in one place."""
+  tokens = np.arange(36, dtype=np.int32).reshape(9, 4) % 5
+  train = Source("made_up", "train", {"tokens": tokens})
+  model = lstm(5, 3, width=2, embedding=2)
+  workload = language_modelling(
+    "text", (train, train, train), model, length=3, target=TARGET, preset=Preset((2,), base_learning_rate=0.1)
+  )
+  other = np.where(np.arange(36).reshape(9, 4) == 22, token, tokens)
+  return vars(dataclasses.replace(workload, validation=Source("made_up", "validation", {"tokens": other})))
 
 
 def altered(split: str, **changes: Callable[[np.ndarray], np.ndarray]) -> dict[str, Source]:
@@ -165,6 +181,11 @@ BROKEN: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     "1 examples have labels outside 0 to 2, first validation example 7 with 3; example_loss gives nan there",
   ),
   "a label below zero": ("labels", lambda: altered("train", label=lambda y: y - 1), "first train example 0 with -1; exam"),
+  "a token without a logit": (
+    "labels",
+    lambda: spoken(5),
+    "1 examples have tokens outside 0 to 4, first validation example 5 with [0 1 5 3]; example_loss gives nan there",
+  ),
   "a metric for each class": (
     "metrics",
     lambda: {"example_metrics": metrics_with(hits=lambda metrics: jnp.zeros(3))},
@@ -260,6 +281,7 @@ NOTES: dict[str, tuple[str, Callable[[], dict[str, Any]], str, str]] = {
     "note",
     "2 in train, of 22 to 42 examples; always guessing the largest scores 0.656; labels 2 are never trained on",
   ),
+  "tokens of the vocabulary": ("labels", lambda: spoken(4), "ok", "all within 0 to 4"),
   "labels without logits": ("labels", lambda: {"example_outputs": None, "output_loss": None}, "note", "not checked"),
   "no Gauss-Newton": ("Gauss-Newton", lambda: {"example_outputs": None, "output_loss": None}, "note", "not measured"),
   "a parameter that falls back to vmap": (

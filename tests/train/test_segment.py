@@ -14,13 +14,23 @@ import numpy as np
 import pytest
 from problems import classifier, quadratic
 
-from bsjax.data import independent_indices, segment_indices
+from bsjax.data import Spec, independent_indices, segment_indices
 from bsjax.optim import OPTIMIZERS
-from bsjax.train import build_segment, chunked, device_arrays, evaluate, init_state, make_mesh, make_step, stream
+from bsjax.train import (
+  build_segment,
+  chunked,
+  device_arrays,
+  eval_chunk,
+  evaluate,
+  init_state,
+  make_mesh,
+  make_step,
+  stream,
+)
 from bsjax.train.segment import Rows
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState
 from bsjax.train.trial import TrialConfig, make_trial
-from bsjax.types import Batch, Hparams
+from bsjax.types import Array, Batch, Example, Hparams, Metrics, ModelState, Params
 from bsjax.workloads import Workload
 from bsjax.workloads.quadratic import SPECTRUM
 
@@ -300,6 +310,29 @@ def test_evaluation_counts_every_example_once(chunk_size: int) -> None:
   ]
   for name in ("loss", "accuracy"):
     np.testing.assert_allclose(metrics[name], np.mean([np.float64(value[name]) for value in values]), rtol=1e-6)
+
+
+def test_examples_of_an_evaluation_are_counted_by_their_largest_array() -> None:
+  """64 words of 2**16 logits are 2**24 bytes an example, in a loop or not; what is made of parameters alone does not count."""
+
+  def together(params: Params, model_state: ModelState, example: Example) -> Metrics:
+    table = jnp.tanh(params["table"])
+    return {"loss": jnp.mean(jax.nn.logsumexp(table[example["word"]] * 2, axis=1))}
+
+  def in_a_loop(params: Params, model_state: ModelState, example: Example) -> Metrics:
+    def one(total: Array, word: Array) -> tuple[Array, Array]:
+      return total, jnp.sum(jax.nn.one_hot(word, 2**22))
+
+    return {"loss": jnp.sum(jax.lax.scan(one, jnp.float32(0), example["word"])[1])}
+
+  params = {"table": jax.ShapeDtypeStruct((100, 2**16), jnp.float32)}
+  spec = {"word": Spec((64,), np.dtype(np.int32))}
+  assert eval_chunk(together, params, {}, spec) == 2**28 // 2**24
+  assert eval_chunk(in_a_loop, {}, {}, spec) == 2**28 // 2**24
+  small = {"word": Spec((2,), np.dtype(np.int32))}
+  assert eval_chunk(together, params, {}, small) == 2**28 // 2**19
+  assert eval_chunk(together, {"table": jax.ShapeDtypeStruct((100, 8), jnp.float32)}, {}, spec) == 1024
+  assert eval_chunk(together, {"table": jax.ShapeDtypeStruct((9, 2**28), jnp.float32)}, {}, spec) == 1
 
 
 def test_padding_may_be_not_a_number() -> None:

@@ -169,6 +169,20 @@ def test_norms_of_per_example_gradients(name):
     np.testing.assert_allclose(norms, np.sum(np.square(leaf).reshape(6, -1), axis=1), rtol=1e-11)
 
 
+@pytest.mark.parametrize(("vocab", "dtype", "first"), [(VOCAB + 1, np.uint8, 0), (VOCAB, np.int32, -1)])
+def test_tokens_without_logits_are_refused(vocab, dtype, first):
+  train, validation, test = splits(dtype)
+  wrong = validation.arrays["tokens"].copy()
+  wrong[2, 3] = vocab - 1 if first == 0 else first
+  validation = Source("made_up", "validation", {"tokens": wrong})
+  with pytest.raises(
+    ValueError, match=r"of made_up validation go from (0 to 7|-1 to 6), .* for 0 to 6: give it a larger vocab"
+  ):
+    text.language_modelling(
+      "x", (train, validation, test), MODELS["decoder"], length=LENGTH, target=TARGET, preset=PRESET
+    )
+
+
 def test_rows_count_tokens(tmp_path: Path) -> None:
   """Batches of 2 sequences of 4 predictions: 8 tokens a step."""
   workload = workload_of("lstm")
