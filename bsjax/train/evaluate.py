@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from bsjax.data import RecordSource, Source, Spec, read_ahead
 from bsjax.types import Array, Example, Metrics, ModelState, Params
@@ -65,13 +66,8 @@ def _sizes_of_values(jaxpr: Any) -> Iterator[int]:
   """Yields the bytes of all that a program computes, programs inside it included."""
   for equation in jaxpr.eqns:
     yield from (out.aval.size * out.aval.dtype.itemsize for out in equation.outvars)
-    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-      if _is_program(inner):
-        yield from _sizes_of_values(getattr(inner, "jaxpr", inner))
-
-
-def _is_program(value: Any) -> bool:
-  return hasattr(value, "eqns")
+    for inner in jaxprs_in_params(equation.params):
+      yield from _sizes_of_values(inner)
 
 
 def evaluate(
