@@ -11,8 +11,11 @@ from bsjax.types import Array, Batch, Key, ModelState, Params, Variables
 from bsjax.workloads import Workload
 
 Status = Literal["ok", "fix", "note"]
-BATCH_SIZE = 32
+BATCH_SIZE, LEAST_BATCH_SIZE = 32, 4
 """Examples of a batch that the loss is looked at with, at most: a power of two, of which the data set holds two."""
+BATCH_FLOPS = 3e10
+"""Floating-point operations of the losses of a batch, about a second on a CPU core: where more, the batch has fewer examples, at least
+`LEAST_BATCH_SIZE`."""
 KEYS = 32
 """Keys over which a loss that depends on its key is averaged."""
 ROUNDING, HALF_ROUNDING = 1e-5, 2e-2
@@ -60,7 +63,8 @@ class Case(NamedTuple):
 def make_case(workload: Workload) -> Case:
   """Draws the initial parameters, and two batches without common examples where the training set allows."""
   count = len(workload.train)
-  size = 2 ** int(np.log2(min(BATCH_SIZE, max(1, count // 2))))
+  affordable = max(LEAST_BATCH_SIZE, BATCH_FLOPS / _loss_flops(workload))
+  size = 2 ** int(np.log2(min(BATCH_SIZE, affordable, max(1, count // 2))))
   chosen = np.random.default_rng(0).permutation(count)
   batch, other = (
     {name: jnp.asarray(array) for name, array in workload.train.fetch(np.sort(half)).items()}
@@ -74,6 +78,14 @@ def make_case(workload: Workload) -> Case:
   uses_key = len(set(losses)) > 1 and bool(np.isfinite(losses).all())
   rounding = HALF_ROUNDING if "f16[" in text else ROUNDING  # of float16, and of bfloat16: "bf16["
   return Case(workload, variables, batch, other, key, train_loss, uses_key, rounding)
+
+
+def _loss_flops(workload: Workload) -> float:
+  """Counts the operations of one example's loss, on paper; 1 where the backend does not count."""
+  variables = jax.eval_shape(workload.init, jax.random.key(0))
+  example = {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in workload.train.spec.items()}
+  lowered = jax.jit(workload.example_loss).lower(variables.params, variables.model_state, example)
+  return max(1.0, (lowered.cost_analysis() or {}).get("flops", 1.0))
 
 
 class Comparison(NamedTuple):

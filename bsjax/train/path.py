@@ -29,7 +29,7 @@ def choose_data_path(workload: Workload, mesh: Mesh) -> DataPath:
   Records that fit are read into memory, once.
   """
   size = workload.train.nbytes + workload.validation.nbytes
-  return "resident" if size <= RESIDENT_SHARE * device_memory(mesh.devices.flat[0]) else "streamed"
+  return "resident" if size <= RESIDENT_SHARE * device_memory(mesh.local_devices[0]) else "streamed"
 
 
 def examples_that_fit(source: Source | RecordSource) -> int:

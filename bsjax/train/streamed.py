@@ -30,7 +30,7 @@ def block_steps(source: Source | RecordSource, config: TrialConfig, mesh: Mesh) 
   """Counts the steps of a block: a row is cut into the fewest blocks that keep to `BLOCK_STEPS` and `BLOCK_SHARE`, as equal as can be."""
   devices = mesh.shape["data"] if spreads_batches(config, mesh) else 1
   batch_bytes = config.batch_size // devices * sum(spec.nbytes for spec in source.spec.values())
-  most = min(BLOCK_STEPS, max(1, int(BLOCK_SHARE * device_memory(mesh.devices.flat[0])) // batch_bytes))
+  most = min(BLOCK_STEPS, max(1, int(BLOCK_SHARE * device_memory(mesh.local_devices[0])) // batch_bytes))
   return -(-config.eval_every // -(-config.eval_every // most))
 
 

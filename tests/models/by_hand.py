@@ -11,8 +11,6 @@ from bsjax.models import BatchNorm, Conv, Dropout
 from bsjax.models.layers import TransposedConv
 
 KEY = jax.random.key(0)
-# Shapes are tiny, so that compiling is what takes time: LLVM is told not to optimise.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def num_parameters(model):
@@ -87,7 +85,7 @@ def assert_is(model, by_hand, images, *, train=False):
   with jax.enable_x64(True):
     params, state = random_variables(model)
     images = np.random.default_rng(2).uniform(0, 1, images)
-    actual = fast_jit(functools.partial(model.apply, train=train))(params, state, images)[0]
-    expected = fast_jit(by_hand)(params, state, images)
+    actual = jax.jit(functools.partial(model.apply, train=train))(params, state, images)[0]
+    expected = jax.jit(by_hand)(params, state, images)
     assert np.std(expected) > 1e-3
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)

@@ -58,7 +58,11 @@ def test_reconstructions_are_images():
   assert ((reconstructions > 0) & (reconstructions < 1)).all()
 
 
-def test_sides_that_cannot_be_halved_four_times_are_refused():
-  with pytest.raises(ValueError, match=r"input_shape=\(28, 28, 1\); wanted .* multiples of 16"):
-    autoencoder((28, 28, 1))
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (32, 24), (24, 32)])
+def test_sides_that_cannot_be_halved_four_times_are_refused(height, width):
+  with pytest.raises(ValueError, match=rf"input_shape=\({height}, {width}, 1\); wanted .* multiples of 16"):
+    autoencoder((height, width, 1))
+
+
+def test_sides_may_differ():
   assert jax.eval_shape(autoencoder((48, 16, 1)).init, KEY)

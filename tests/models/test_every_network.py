@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import KEY, fast_jit, random_variables
+from by_hand import KEY, random_variables
 
 from bsjax.conv import convolution_p
 from bsjax.models import autoencoder, cifar_resnet, cnn, deep, imagenet_resnet, mlp, shallow, vgg11
@@ -73,7 +73,7 @@ def assert_norms(ghosts, sq_norms, tolerance):
 def pull_of(model, state, images):
   """`(params, cotangents) -> (z, J'c)` for a batch at once, with J the Jacobian of its outputs z."""
 
-  @fast_jit
+  @jax.jit
   def pull(params, cotangents):
     z, transposed = jax.vjp(lambda params: model.apply(params, state, images, train=False)[0], params)
     return z, transposed(cotangents)[0]
@@ -94,7 +94,7 @@ def test_probes_agree_with_gradients_of_a_batch(name):
     def loss(params, example):
       return output_loss(outputs(params, example), example)
 
-    @fast_jit
+    @jax.jit
     def loss_grads(z):
       return jax.vmap(jax.grad(output_loss))(z, examples)
 
@@ -115,18 +115,18 @@ def test_probes_agree_with_gradients_of_a_batch(name):
     z = outputs_of(params)
     per_example = [pull(params, loss_grads(z).at[np.arange(BATCH_SIZE) != i].set(0))[1] for i in range(BATCH_SIZE)]
     sq_norms = jax.tree.map(lambda *grads: np.stack([np.sum(grad**2) for grad in grads]), *per_example)
-    ghosts = fast_jit(functools.partial(ghost_norms, loss, chunk_size=BATCH_SIZE))(params, examples)
+    ghosts = jax.jit(functools.partial(ghost_norms, loss, chunk_size=BATCH_SIZE))(params, examples)
     # Two programs for one sum: thousands of roundings of 2^-53, of sums that cancel in part.
     assert_norms(ghosts, sq_norms, 1e-12)
     assert_near(ghosts.mean_grad, mean_grad(params), 1e-12)
 
     # Central differences: eps^2 = 1e-12 of a third derivative, and 2^-53 / eps = 1e-10 of rounding.
     hvp = functools.partial(hessian_vector_product, loss, chunk_size=BATCH_SIZE)
-    assert_near(fast_jit(hvp)(params, examples, vector), difference(mean_grad), 1e-7)
+    assert_near(jax.jit(hvp)(params, examples, vector), difference(mean_grad), 1e-7)
     pushed = difference(outputs_of)
     curved = (loss_grads(z + eps * pushed) - loss_grads(z - eps * pushed)) / (2 * eps)
     gnvp = functools.partial(gauss_newton_vector_product, outputs, output_loss, chunk_size=BATCH_SIZE)
-    assert_near(fast_jit(gnvp)(params, examples, vector), pull(params, curved / BATCH_SIZE)[1], 1e-7)
+    assert_near(jax.jit(gnvp)(params, examples, vector), pull(params, curved / BATCH_SIZE)[1], 1e-7)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -177,7 +177,7 @@ def test_ghost_norms_in_bfloat16(name):
   assert 0 < float(jnp.max(jnp.abs(z - exact))) < 0.1
   per_example = [pull(params, loss_grads(z, examples).at[np.arange(BATCH_SIZE) != i].set(0))[1] for i in range(3)]
   sq_norms = jax.tree.map(lambda *grads: np.stack([np.sum(grad**2) for grad in grads]), *per_example)
-  ghosts = fast_jit(functools.partial(ghost_norms, loss, chunk_size=BATCH_SIZE))(params, examples)
+  ghosts = jax.jit(functools.partial(ghost_norms, loss, chunk_size=BATCH_SIZE))(params, examples)
   # Sums over pixels are rounded to bfloat16 (2^-8) in one of the routes, in float32 in the other; squares double it.
   assert_norms(ghosts, sq_norms, 3 * 2**-8)
 
@@ -188,7 +188,7 @@ def test_a_training_step(name):
   model = model_of(name)
   params, state = random_variables(model, "float32")
   images = examples_of(name, "float32")["image"]
-  step = fast_jit(functools.partial(model.apply, train=True))
+  step = jax.jit(functools.partial(model.apply, train=True))
   (z, new_state), (again, _), (other, _) = (step(params, state, images, key=jax.random.key(seed)) for seed in (1, 1, 2))
   assert np.isfinite(z).all()
   assert (z == again).all()

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import fast_jit
 
 from bsjax.models import BatchNorm, mlp
 
@@ -27,7 +26,7 @@ def activations(shape):
 
 
 def applied(layer, variables, x, *, train):
-  return fast_jit(functools.partial(layer.apply, train=train, mutable=["batch_stats"]))(variables, x)
+  return jax.jit(functools.partial(layer.apply, train=train, mutable=["batch_stats"]))(variables, x)
 
 
 def by_hand(x, groups):

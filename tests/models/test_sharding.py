@@ -84,7 +84,7 @@ print(f"trials: {difference(mapped(trials, images), jax.jit(grads)(trials, image
 
 @pytest.fixture(scope="module")
 def differences():
-  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # LLVM takes most of the time
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
   root = Path(__file__).parents[2]
   command = [sys.executable, "-W", "error", "-c", PROGRAM]

@@ -196,7 +196,10 @@ for product, functions, at, count in (
 
 
 def test_spread_over_devices_equals_one_device():
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+  }
   command = [sys.executable, "-W", "error", "-c", PROGRAM]
   root = Path(__file__).parents[2]
   done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)

@@ -206,7 +206,10 @@ for name, loss, params in (("cnn", convolutional, variables.params), ("scan", re
 
 def test_one_microbatch_per_device_equals_one_after_the_other():
   """Eight forced host devices, whose number is fixed when JAX starts: a process of its own."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+  }
   command = [sys.executable, "-W", "error", "-c", PROGRAM]
   root = Path(__file__).parents[2]
   done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)

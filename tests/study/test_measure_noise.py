@@ -137,7 +137,10 @@ WORKLOADS = ("digits_mlp", "digits_cnn", "digits_vit", "quadratic")
 @pytest.fixture(scope="module")
 def route_rows() -> dict[str, dict[str, dict]]:
   """All four routes on every workload with data that ship with the project, on four (fake) devices in a process of their own."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+  }
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT
   )

@@ -408,7 +408,10 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def on_eight_devices() -> dict:
   """Forced host devices, in a process of its own; NPROC as in conftest.py, or two cores would dead-lock."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "16"}
+  environment = os.environ | {
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+    "NPROC": "16",
+  }
   command = ["timeout", "-s", "KILL", "240", sys.executable, "-c", ON_EIGHT_DEVICES]
   done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]

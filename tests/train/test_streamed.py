@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,7 @@ def test_blocks_are_as_equal_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(CONFIG, num_steps=every, eval_every=every)
     assert stream_module.block_steps(source, config, mesh) == expected, (room, every)
   monkeypatch.setattr(stream_module, "device_memory", lambda device: 3 * batch_bytes / stream_module.BLOCK_SHARE)
-  two = SimpleNamespace(shape={"trial": 1, "data": 2}, devices=np.array([None, None]))
+  two = SimpleNamespace(shape={"trial": 1, "data": 2}, local_devices=[None, None])
   assert stream_module.block_steps(source, dataclasses.replace(CONFIG, eval_every=12), two) == 6  # half a batch on each
 
 
@@ -307,6 +308,7 @@ from bsjax.train import TrialConfig, build_segment, chunked, device_arrays, init
 out = {}
 for name, kind, shape, options in (
   ("spread", "mlp_bn", (1, 8), {}),
+  ("on two", "mlp_bn", (1, 2), {}),
   ("microbatches", "mlp", (1, 2), {"microbatch_size": 4, "noise_route": "microbatch", "noise_every": 2}),
   ("devices", "mlp", (1, 2), {"microbatch_size": 8, "noise_route": "device", "noise_every": 2}),
   ("not spread", "mlp", (1, 2), {"batch_size": 13}),
@@ -334,17 +336,55 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def on_eight_devices() -> dict:
   """Forced host devices, in a process of its own; NPROC as in conftest.py, or two cores would dead-lock."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "16"}
+  environment = os.environ | {
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+    "NPROC": "16",
+  }
   command = ["timeout", "-s", "KILL", "240", sys.executable, "-c", ON_EIGHT_DEVICES]
   done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-2000:]
   return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", ["spread", "microbatches", "devices", "not spread"])
+@pytest.mark.parametrize("case", ["spread", "on two", "microbatches", "devices", "not spread"])
 def test_both_paths_agree_on_several_devices(on_eight_devices: dict, case: str) -> None:
   assert on_eight_devices[case]["same"], on_eight_devices[case]
 
 
 def test_devices_for_trials_are_refused(on_eight_devices: dict) -> None:
   assert "the mesh spreads trials over 2 devices: give them to the batch" in on_eight_devices["refused"]
+
+
+IN_TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, "tests/train")
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import jax.numpy as jnp, numpy as np
+from test_segment import hparams_of
+from test_streamed import on_disk
+from bsjax.train import TrialConfig, choose_data_path, init_state, make_mesh, streamed_segment
+source, config, mesh = on_disk("mlp_bn"), TrialConfig("mlp_bn", 16, 12, 3), make_mesh(data=2)
+start = init_state(source, "sgd", hparams_of(0.05), jnp.uint32(0)), hparams_of(0.05)
+state, hparams = jax.tree.map(lambda leaf: np.asarray(leaf)[None], start)
+segment = streamed_segment(source, config, mesh)
+_, rows = segment(state, hparams, np.zeros(1, np.uint32), np.array([4]), source.train, source.validation)
+told = {"losses": np.asarray(rows.train_loss).tolist(), "read": source.train.records.most}
+print(json.dumps(told | {"path": choose_data_path(source, mesh)}))
+"""
+
+
+def test_two_processes_read_half_of_each_batch_and_train_alike(on_eight_devices: dict) -> None:
+  """Real ones, of one device each, against one process with both: the same bits."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  environment = os.environ | {"NPROC": "16", "PYTHONPATH": str(ROOT)}
+  command = ["timeout", "-s", "KILL", "240", sys.executable, "-c", IN_TWO_PROCESSES, address]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  running = [subprocess.Popen([*command, str(number)], cwd=ROOT, env=environment, **pipes) for number in range(2)]
+  for process in running:
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    expected = {"losses": on_eight_devices["on two"]["losses"], "read": 8, "path": "resident"}
+    assert json.loads(out.splitlines()[-1]) == expected

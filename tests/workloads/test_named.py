@@ -1,6 +1,5 @@
 """Every named workload: its parameters are those of its description, and on fake data it trains, is probed and evaluated."""
 
-import functools
 import re
 from pathlib import Path
 
@@ -48,9 +47,7 @@ def test_a_step_a_probe_and_an_evaluation_on_fake_data(name):
   variables = workload.init(jax.random.key(0))
   batch = {key: jnp.asarray(array) for key, array in workload.train.first(4).arrays.items()}
 
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )  # compiling is what takes the time
+  @jax.jit
   def run(variables, batch, validation):
     (loss, state), grads = jax.value_and_grad(workload.train_loss, has_aux=True)(*variables, batch, jax.random.key(1))
     params = jax.tree.map(lambda p, g: p - 0.01 * g, variables.params, grads)

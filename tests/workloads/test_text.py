@@ -167,6 +167,7 @@ def test_norms_of_per_example_gradients(name):
     )
   for norms, leaf in zip(got.values(), jax.tree.leaves(grads), strict=True):
     np.testing.assert_allclose(norms, np.sum(np.square(leaf).reshape(6, -1), axis=1), rtol=1e-11)
+    assert np.all(norms > 0)
 
 
 @pytest.mark.parametrize(("vocab", "dtype", "first"), [(VOCAB + 1, np.uint8, 0), (VOCAB, np.int32, -1)])
