@@ -1,10 +1,8 @@
 """The experiment of large batches: what it leaves, how it refuses, and that a second run computes nothing."""
 
 import csv
-import functools
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,10 @@ import bsjax.train.pool
 from bsjax.records import read_records
 from bsjax.study import run_command
 from bsjax.study.large_batch_plan import ARMS
-from bsjax.workloads import load_workload
 from experiments import large_batch
 
 CLAIMS = ["warmup_needed", "cosine_helps", "lars_lamb_help"]
 FURTHER = ["training_curves", "large_batch_searches"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_workload() -> Iterator[None]:
-  """Loads each workload once, so that its programs are compiled once for the whole file."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(large_batch, "load_workload", functools.cache(load_workload))
-    yield
 
 
 @pytest.fixture(scope="module")

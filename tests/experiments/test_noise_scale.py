@@ -1,12 +1,10 @@
 """The experiment of gradient noise: what it leaves, how it refuses, and that an interruption changes nothing."""
 
 import csv
-import functools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,14 +33,6 @@ ROOT = Path(__file__).parents[2]
 CLAIMS = ["noise_grows", "temperature", "estimators_agree", "layernorm_predicts_total"]
 FIGURES = [*CLAIMS, "noise_layers"]
 SMALL = {"batch_sizes": (32,), "num_epochs": 1, "seeds": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_workload() -> Iterator[None]:
-  """Loads each workload once, so that its programs are compiled once for the whole file."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(noise_scale, "load_workload", functools.cache(load_workload))
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """`python -m experiments.scaling_rules`: what it leaves, how it refuses, and that an interruption changes nothing."""
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +20,6 @@ from experiments import scaling_rules as experiment
 
 FIGURES = ("no_rule_fits_all", "scaling_lattice", "scaling_reference")
 OPTIONS = {"batch_sizes": (64, 256), "optimizers": ("sgd", "adam"), "seeds": 4, "smoke": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_workload() -> Iterator[None]:
-  """Loads each workload once, so that its programs are compiled once for the whole file."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(experiment, "load_workload", functools.cache(load_workload))
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """The experiment of sharp minima: what it leaves, how it refuses, and that an interruption changes nothing."""
 
 import csv
-import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 import bsjax.study.sharp
 from bsjax.records import read_record, read_records
 from bsjax.study import run_command
-from bsjax.workloads import load_workload
 from experiments import sharp_minima
 
 CLAIMS = ["flat_measures", "flat_generalizes", "sharper_line", "noise_escapes", "edge_of_stability"]
@@ -28,14 +25,6 @@ FURTHER = [
   "landscape_trajectory",
 ]
 SMALL = {"batch_sizes": (16, 64), "num_epochs": 1, "num_steps": 8, "seeds": 2, "train_loss": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_workload() -> Iterator[None]:
-  """Loads each workload once, so that its programs are compiled once for the whole file."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharp_minima, "load_workload", functools.cache(load_workload))
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,11 @@ def assert_trees_close(got, want, rtol):
 def test_equal_a_loop_over_examples():
   with jax.enable_x64(True):
     params, examples = net_problem()
-    losses = per_example_losses(net_loss, params, examples)
-    grads = per_example_grads(net_loss, params, examples)
-    for i in range(N):
-      loss, grad = jax.value_and_grad(net_loss)(params, example_of(examples, i))
-      # The same float64 operations, batched: a few roundings of 1e-16 in sums of five.
-      assert_trees_close((losses[i], example_of(grads, i)), (loss, grad), rtol=1e-14)
+    batched = per_example_losses(net_loss, params, examples), per_example_grads(net_loss, params, examples)
+    one_by_one = [jax.value_and_grad(net_loss)(params, example_of(examples, i)) for i in range(N)]
+    looped = jax.tree.map(lambda *values: np.stack(values), *one_by_one)
+    # The same float64 operations, batched: a few roundings of 1e-16 in sums of five, of the largest example's.
+    assert_trees_close(batched, looped, rtol=1e-14)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, N, N + 2])
