@@ -1,7 +1,7 @@
 """What every test runs under: the CPU, programs compiled in a hurry, enough threads for fake devices, a folder for the prepared digits.
 
-Compiling takes most of the suite's time, so LLVM is told to optimise little and XLA to emit loops the old way: less than half of the time, the same
-operations. `XLA_FLAGS= bash scripts/test.sh` tests the programs that users run.
+Compiling takes most of the suite's time, so LLVM is told to optimise little and XLA to emit loops the old way: the same operations in less
+than half of the time. `XLA_FLAGS= bash scripts/test.sh` tests the programs that users run.
 """
 
 import os
