@@ -4,7 +4,8 @@
 
 Makes 15 checks of the loss, the data, the metrics, the probes and the compiled program, and prints a line for each: "ok", "fix" (with what
 to do) or "note". Trains nothing. The exit code is 0 if nothing is to be fixed, 1 if something is, 2 if the workload cannot be loaded.
-docs/your_model.md explains every line. A small model takes 10 to 30 seconds on a CPU core, most of it compiling.
+docs/your_model.md explains every line. A small model takes 10 to 30 seconds on a CPU core, most of it compiling; --smoke --fake_data tells
+whether a large one runs.
 """
 
 import sys
@@ -38,6 +39,9 @@ _MANUAL_DIR = flags.DEFINE_string(
 _FAKE_DATA = flags.DEFINE_bool(
   "fake_data", False, "random data of the right shapes, to try a workload without its files", flag_values=_FLAGS
 )
+_SMOKE = flags.DEFINE_bool(
+  "smoke", False, "3 checks only: an evaluation, a probe of a few examples, training steps", flag_values=_FLAGS
+)
 
 
 def prepare(
@@ -47,6 +51,7 @@ def prepare(
   data_dir: str | None = None,
   manual_dir: str | None = None,
   fake_data: bool = False,
+  smoke: bool = False,
   aloud: bool = False,
 ) -> Callable[[], list[Diagnosis]]:
   """Loads the workload, claims `out`, and returns the examination; `aloud` prints each line as it is found."""
@@ -55,7 +60,7 @@ def prepare(
     open_folder(Path(out), {"experiment": "doctor"})
 
   def examination() -> list[Diagnosis]:
-    diagnoses = examine_aloud(loaded) if aloud else list(examine(loaded))
+    diagnoses = examine_aloud(loaded, smoke=smoke) if aloud else list(examine(loaded, smoke=smoke))
     if out is not None:
       content = workload_settings(workload, fake_data=fake_data) | {
         "diagnoses": as_json(diagnoses),
@@ -80,6 +85,7 @@ def _prepare_from_flags() -> Callable[[], int]:
     data_dir=_DATA_DIR.value,
     manual_dir=_MANUAL_DIR.value,
     fake_data=_FAKE_DATA.value,
+    smoke=_SMOKE.value,
     aloud=True,
   )
   return lambda: int(needs_fixing(examination()))

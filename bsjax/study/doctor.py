@@ -38,12 +38,17 @@ CHECKS: dict[str, Callable[[Case], Diagnosis]] = {
   "compilations": check_compilations,
   "memory": check_memory,
 }
+SMOKE = ("metrics", "ghost norms", "compilations")
+"""An evaluation, a probe and training steps: whether a workload runs at all."""
 
 
-def examine(workload: Workload, on_check: Callable[[str], None] = lambda name: None) -> Iterator[Diagnosis]:
+def examine(
+  workload: Workload, *, smoke: bool = False, on_check: Callable[[str], None] = lambda name: None
+) -> Iterator[Diagnosis]:
   """Makes all checks, one after the other, and yields what each finds; nothing is written.
 
   Args:
+    smoke: makes those of `SMOKE` only.
     on_check: called with the name of each check before it is made.
 
   Holds: whatever a check raises becomes its diagnosis, and the others are made all the same. If no initial parameters or no training
@@ -55,19 +60,26 @@ def examine(workload: Workload, on_check: Callable[[str], None] = lambda name: N
   except ValueError as error:
     yield Diagnosis("train_loss", "fix", f"cannot be computed: {error}")
     return
-  for name, check in CHECKS.items():
+  for name in checks_of(smoke):
     on_check(name)
     try:
-      yield call_own("it", check, case)
+      yield call_own("it", CHECKS[name], case)
     except ValueError as error:
       yield Diagnosis(name, "fix", f"cannot be checked: {error}")
 
 
-def examine_aloud(workload: Workload) -> list[Diagnosis]:
-  """Makes all checks and prints a line for each as soon as it is found, below a bar of progress on a terminal."""
+def checks_of(smoke: bool) -> list[str]:
+  """Names the checks to be made, in order."""
+  return [name for name in CHECKS if name in SMOKE or not smoke]
+
+
+def examine_aloud(workload: Workload, *, smoke: bool = False) -> list[Diagnosis]:
+  """Makes the checks and prints a line for each as soon as it is found, below a bar of progress on a terminal."""
   found = []
-  with tqdm(total=len(CHECKS), leave=False, disable=None) as bar:  # None: off where standard error is no terminal
-    for diagnosis in examine(workload, bar.set_description_str):
+  with tqdm(
+    total=len(checks_of(smoke)), leave=False, disable=None
+  ) as bar:  # None: off where standard error is no terminal
+    for diagnosis in examine(workload, smoke=smoke, on_check=bar.set_description_str):
       found.append(diagnosis)
       bar.write(str(diagnosis))
       sys.stdout.flush()

@@ -8,7 +8,7 @@ import numpy as np
 
 from bsjax.data import Source
 from bsjax.study.diagnosis import Case, Diagnosis, listed
-from bsjax.train import chunked, evaluate
+from bsjax.train import chunked, eval_chunk, evaluate
 from bsjax.workloads import Workload
 
 MOST_RECORDS = 4096
@@ -166,7 +166,8 @@ def check_metrics(case: Case) -> Diagnosis:
     return Diagnosis(
       "metrics", "fix", f"example_metrics returns no {listed(missing)}, only {listed(sorted(shapes))}: add it"
     )
-  averages = jax.jit(functools.partial(evaluate, workload.example_metrics))(*case.variables, chunked(data.arrays))
+  chunks = chunked(data.arrays, eval_chunk(workload.example_metrics, *case.variables, data.spec))
+  averages = jax.jit(functools.partial(evaluate, workload.example_metrics))(*case.variables, chunks)
   numbers = {f"validation_{name}": float(value) for name, value in averages.items()}
   told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
   if not np.isfinite(list(numbers.values())).all():

@@ -51,6 +51,12 @@ def test_nothing_to_fix_is_exit_code_0(tmp_path: Path, monkeypatch, capsys) -> N
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_smoke_run_makes_few_checks(monkeypatch, capsys) -> None:
+  assert command(["--workload=quadratic", "--smoke"], monkeypatch) == 0
+  assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["ok", "metrics"]]
+  assert [d.check for d in doctor.run("quadratic", smoke=True)] == ["metrics"]
+
+
 def test_something_to_fix_is_exit_code_1_and_the_file_says_the_same(tmp_path: Path, monkeypatch, capsys) -> None:
   (tmp_path / "own.py").write_text(SUM)
   workload, out = f"{tmp_path / 'own.py'}:make", tmp_path / "out"

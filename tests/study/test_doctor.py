@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bsjax.study.diagnosis
 import bsjax.study.doctor
 import bsjax.study.doctor_data
 import bsjax.study.doctor_program
@@ -19,12 +20,32 @@ from tests.study.examined import CLASSES, FEATURES, HIDDEN, broken, diagnose, go
 
 def test_a_good_workload_needs_no_fixing() -> None:
   begun: list[str] = []
-  found = list(examine(good(), begun.append))
+  found = list(examine(good(), on_check=begun.append))
   assert [diagnosis.check for diagnosis in found] == list(CHECKS)
   assert begun == ["train_loss", *CHECKS]
   assert {diagnosis.check: diagnosis.message for diagnosis in found if diagnosis.status != "ok"} == {}
   assert not needs_fixing(found)
   assert found[0].numbers == {"num_params": FEATURES * HIDDEN + HIDDEN * CLASSES, "num_arrays": 2}
+
+
+def test_a_smoke_run_evaluates_probes_and_trains() -> None:
+  found = list(examine(good(), smoke=True))
+  assert [(diagnosis.check, diagnosis.status) for diagnosis in found] == [
+    ("metrics", "ok"),
+    ("ghost norms", "ok"),
+    ("compilations", "ok"),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("share", "expected"), [(1 / 64, 32), (1 / 32, 32), (1 / 31, 16), (1 / 8, 8), (1 / 7, 4), (2, 4)]
+)
+def test_batches_of_costly_losses_are_smaller(share: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+  """`share` of the operations that a batch may take are one example's: 2 F H + 2 H C for two products, and what tanh and softmax take."""
+  flops = bsjax.study.diagnosis._loss_flops(good())
+  assert 2 * (FEATURES * HIDDEN + HIDDEN * CLASSES) <= flops < 3 * (FEATURES * HIDDEN + HIDDEN * CLASSES)
+  monkeypatch.setattr(bsjax.study.diagnosis, "BATCH_FLOPS", flops / share)
+  assert {len(array) for array in make_case(good()).batch.values()} == {expected}
 
 
 def test_one_failing_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
