@@ -2,32 +2,39 @@
 
   python -m scripts.bench_train                                  all cases, some minutes on one core
   python -m scripts.bench_train --only=tiny_b8 --versus=entry    one case against one opponent
+  python -m scripts.bench_train --cores=2 --only=resnet8_b128    on two cores, against PyTorch
 
 Prints one JSON object per case and opponent. `ratio` is our time per step over theirs, below 1 is faster: the median of
 the ratios of alternating repetitions, `low` and `high` the smallest and the largest of them, `n` their number. On the CPU
 the process is pinned to one core and times are CPU times of all its threads, which other load on the machine hardly moves;
-elsewhere they are wall times. Compilation is timed apart. `gflops` counts only the multiplications and additions of
-matrix products and convolutions, and is to be compared with `gemm_gflops`, a 512 x 512 float32 product in the same run.
+elsewhere, and with --cores above 1, they are wall times. Compilation is timed apart. `gflops` counts only the multiplications and
+additions of matrix products and convolutions, and is to be compared with `gemm_gflops`, a 512 x 512 float32 product in the same run.
 
 Opponents, all with the same batches, initial parameters, float32, and SGD with momentum 0.9:
-  jax_loop  a Python loop over the jitted step, which indexes numpy arrays for each batch and sends them to the device
-  torch     the same network in PyTorch, on batches indexed from a tensor (`pip install -r requirements-bench.txt`)
-  entry     our own step, jitted by itself, with the data on the device: what the scan costs or saves
+  jax_loop    a Python loop over the jitted step, which indexes numpy arrays for each batch and sends them to the device
+  torch       the same network in PyTorch, on batches indexed from a tensor (`pip install -r requirements-bench.txt`); images NCHW
+  torch_nhwc  the same in PyTorch's other layout, channels last; only where there are convolutions
+  entry       our own step, jitted by itself, with the data on the device: what the scan costs or saves
+With --cores=N the batch is spread over N host devices of a core each, batch norm over all of it, and PyTorch has N threads.
 Before anything is timed, each opponent trains from the same start as the segment, and their losses must agree.
 """
 # ruff: noqa: E402  (the process is pinned before JAX is imported)
 
 import os
+import sys
 
 _ALL_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+_NUM_CORES = next((int(word.partition("=")[2]) for word in sys.argv if word.startswith("--cores=")), 1)
 if _ALL_CORES:
-  os.sched_setaffinity(0, {max(_ALL_CORES)})  # before JAX starts as many threads as there are cores
+  os.sched_setaffinity(0, set(sorted(_ALL_CORES)[-_NUM_CORES:]))  # before JAX starts as many threads as there are cores
+if _NUM_CORES > 1:
+  os.environ["NPROC"] = str(2 * _NUM_CORES)  # fewer threads than that may all wait for each other
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_NUM_CORES}"
 
 import dataclasses
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +47,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bsjax.data import Source, segment_indices
-from bsjax.models import Model, cnn, mlp
+from bsjax.models import Model, cifar_resnet, cnn, mlp
 from bsjax.train import TrialConfig, build_segment, chunked, device_arrays, init_state, make_mesh, make_step, stream
 from bsjax.train.segment import STEPS_PER_SEGMENT
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM
@@ -59,7 +66,7 @@ amplified without limit where training is chaotic: batch norm at B = 8 is 0.4 % 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A network and a batch size. `widths` are hidden dense layers, `channels` convolutions; one of the two is empty.
+  """A network and a batch size: `widths` are hidden dense layers, `channels` convolutions, `depth` a residual network's; two are empty.
 
   `steps` are made per timed call: by default a whole segment, as in a sweep. A segment computes the order of all its steps
   even when it makes fewer, so a smaller number charges that cost to fewer steps; it is below 1 % where that is done here.
@@ -70,19 +77,33 @@ class Case:
   num_classes: int
   widths: tuple[int, ...] = ()
   channels: tuple[int, ...] = ()
+  depth: int = 0
   batch_norm: bool = False
   steps: int = STEPS_PER_SEGMENT
 
   def make_model(self) -> Model:
+    if self.depth:
+      return cifar_resnet(self.input_shape, self.num_classes, depth=self.depth)
     if self.channels:
       return cnn(self.input_shape, self.num_classes, channels=self.channels)
     return mlp(self.input_shape, self.widths, self.num_classes, batch_norm="running" if self.batch_norm else "none")
 
   @property
+  def has_convolutions(self) -> bool:
+    return bool(self.channels or self.depth)
+
+  @property
   def flops_per_step(self) -> float:
     """Two per multiply-add, forward and for both gradients, less the gradient with respect to the images."""
     layers = []
-    if self.channels:
+    if self.depth:
+      height, width, fan = self.input_shape
+      for number in range(self.depth - 1):
+        stage = max(0, number - 1) // ((self.depth - 2) // 3)
+        layers.append((height >> stage) * (width >> stage) * 9 * fan * (16 << stage))
+        fan = 16 << stage
+      layers.append(fan * self.num_classes)
+    elif self.channels:
       height, width, fan = self.input_shape
       for number, features in enumerate(self.channels, start=1):
         layers.append(height * width * 9 * fan * features)
@@ -101,12 +122,17 @@ CASES = {
   **{f"mlp512_b{size}": Case(size, (28, 28, 1), 10, widths=(512, 512)) for size in (8, 32, 128, 512)},
   **{f"mlp_bn_b{size}": Case(size, (28, 28, 1), 10, widths=(512,) * 5, batch_norm=True) for size in (8, 128)},
   **{f"cnn_b{size}": Case(size, (28, 28, 1), 10, channels=(32, 64), steps=1024 // size) for size in (8, 128)},
+  **{f"resnet8_b{size}": Case(size, (32, 32, 3), 10, depth=8, batch_norm=True, steps=512 // size) for size in (8, 128)},
 }
-OPPONENTS = ("jax_loop", "torch", "entry")
+OPPONENTS = ("jax_loop", "torch", "torch_nhwc", "entry")
+PEERS = {"torch", "torch_nhwc"}
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Cases to run.")
 _VERSUS = flags.DEFINE_list("versus", list(OPPONENTS), "Opponents to run against.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating repetitions per ratio.", lower_bound=1)
+flags.DEFINE_integer(
+  "cores", 1, "Cores; above 1 against PyTorch only.", lower_bound=1, upper_bound=len(_ALL_CORES or [0])
+)
 flags.register_validator("only", lambda names: set(names) <= set(CASES), f"wanted some of {', '.join(CASES)}")
 flags.register_validator("versus", lambda names: set(names) <= set(OPPONENTS), f"wanted some of {', '.join(OPPONENTS)}")
 
@@ -166,7 +192,7 @@ class Bench:
     self.config = TrialConfig(
       "bench", case.batch_size, num_steps=self.steps, eval_every=self.steps, optimizer="momentum"
     )
-    self.mesh = make_mesh(data=1)
+    self.mesh = make_mesh(data=_NUM_CORES)
     self.key = stream(jnp.int32(SEED), LOSS_STREAM)
 
   def start(self) -> Any:
@@ -235,43 +261,21 @@ class Bench:
 
     return call
 
-  def torch(self) -> Train:
-    """PyTorch, in the layout that is its fastest for these networks: NCHW, the rows of the dense layer reordered to match."""
+  def torch(self, *, channels_last: bool = False) -> Train:
+    """PyTorch, the rows of a dense layer after convolutions reordered to match."""
     import torch
     from torch import nn
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(_NUM_CORES)
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    case = self.case
-    params = jax.device_get(self.start().params)
-    images, labels = (torch.from_numpy(self.workload.train.arrays[name]) for name in ("image", "label"))
-    layers: list[nn.Module] = []
-
-    def dense(name: str, kernel: np.ndarray | None = None) -> nn.Linear:
-      kernel = params[name]["kernel"] if kernel is None else kernel
-      layer = nn.Linear(*kernel.shape)
-      layer.load_state_dict({"weight": torch.tensor(kernel.T), "bias": torch.tensor(params[name]["bias"])})
-      return layer
-
-    for number, features in enumerate(case.channels):
-      kernel = params[f"Conv_{number}"]["kernel"]
-      layer = nn.Conv2d(kernel.shape[2], features, 3, padding=1)
-      weight = torch.tensor(kernel.transpose(3, 2, 0, 1))
-      layer.load_state_dict({"weight": weight, "bias": torch.tensor(params[f"Conv_{number}"]["bias"])})
-      layers += [layer, nn.ReLU(), *([nn.MaxPool2d(2)] if number % 2 else [])]
-    if case.channels:
-      images = images.permute(0, 3, 1, 2).contiguous()
-      halvings = 2 ** (len(case.channels) // 2)
-      height, width, channels = case.input_shape[0] // halvings, case.input_shape[1] // halvings, case.channels[-1]
-      kernel = params["Dense_0"]["kernel"].reshape(height, width, channels, -1)
-      layers += [nn.Flatten(), dense("Dense_0", kernel.transpose(2, 0, 1, 3).reshape(-1, case.num_classes))]
+    network = _torch_network(self.case, jax.device_get(self.start().params)).to(device)
+    images, labels = (torch.from_numpy(self.workload.train.arrays[name]).to(device) for name in ("image", "label"))
+    if self.case.has_convolutions:
+      layout = torch.channels_last if channels_last else torch.contiguous_format
+      images, network = images.permute(0, 3, 1, 2).contiguous(memory_format=layout), network.to(memory_format=layout)
     else:
       images = images.reshape(NUM_EXAMPLES, -1)
-      for number, features in enumerate(case.widths):
-        layers += [dense(f"Dense_{number}"), *([nn.BatchNorm1d(features)] if case.batch_norm else []), nn.ReLU()]
-      layers.append(dense(f"Dense_{len(case.widths)}"))
-    network = nn.Sequential(*layers).to(device)
-    images, labels = images.to(device), labels.long().to(device)
+    labels = labels.long()
     optimizer = torch.optim.SGD(network.parameters(), lr=HPARAMS.learning_rate, momentum=HPARAMS.momentum)
     calls = iter([torch.tensor(order, dtype=torch.long, device=device) for order in self.orders()])
 
@@ -287,9 +291,68 @@ class Bench:
 
     return call
 
+  def torch_nhwc(self) -> Train:
+    return self.torch(channels_last=True)
+
+
+def _torch_network(case: Case, params: Params) -> Any:
+  """Builds the case's network in PyTorch with our initial parameters."""
+  import torch
+  from torch import nn
+
+  def dense(layer_params: Params, kernel: np.ndarray | None = None) -> nn.Linear:
+    kernel = layer_params["kernel"] if kernel is None else kernel
+    layer = nn.Linear(*kernel.shape)
+    layer.load_state_dict({"weight": torch.tensor(kernel.T), "bias": torch.tensor(layer_params["bias"])})
+    return layer
+
+  def convolution(layer_params: Params, stride: int = 1) -> nn.Conv2d:
+    kernel = layer_params["kernel"]
+    layer = nn.Conv2d(kernel.shape[2], kernel.shape[3], 3, stride=stride, padding=1, bias="bias" in layer_params)
+    weight = {"weight": torch.tensor(kernel.transpose(3, 2, 0, 1))}
+    layer.load_state_dict(
+      weight | {name: torch.tensor(layer_params[name]) for name in ("bias",) if name in layer_params}
+    )
+    return layer
+
+  class Block(nn.Module):
+    def __init__(self, block_params: Params, stride: int) -> None:
+      super().__init__()
+      first, second = (block_params[f"Conv_{number}"] for number in range(2))
+      self.stride, self.features = stride, first["kernel"].shape[3]
+      self.first, self.second = convolution(first, stride), convolution(second)
+      self.first_norm, self.second_norm = nn.BatchNorm2d(self.features), nn.BatchNorm2d(self.features)
+
+    def forward(self, x: Any) -> Any:
+      y = self.second_norm(self.second(torch.relu(self.first_norm(self.first(x)))))
+      if x.shape != y.shape:
+        x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.features - x.shape[1]))
+      return torch.relu(x + y)
+
+  layers: list[nn.Module] = []
+  if case.depth:
+    blocks = [(stage, number) for stage in range(3) for number in range((case.depth - 2) // 6)]
+    layers = [convolution(params["Conv_0"]), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [Block(params[f"Stage_{s}_Block_{n}"], stride=2 if s and not n else 1) for s, n in blocks]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), dense(params["Dense_0"])]
+  elif case.channels:
+    for number in range(len(case.channels)):
+      layers += [convolution(params[f"Conv_{number}"]), nn.ReLU(), *([nn.MaxPool2d(2)] if number % 2 else [])]
+    halvings = 2 ** (len(case.channels) // 2)
+    height, width, channels = case.input_shape[0] // halvings, case.input_shape[1] // halvings, case.channels[-1]
+    kernel = params["Dense_0"]["kernel"].reshape(height, width, channels, -1)
+    rows = kernel.transpose(2, 0, 1, 3).reshape(-1, case.num_classes)
+    layers += [nn.Flatten(), dense(params["Dense_0"], rows)]
+  else:
+    for number, features in enumerate(case.widths):
+      norm = [nn.BatchNorm1d(features)] if case.batch_norm else []
+      layers += [dense(params[f"Dense_{number}"]), *norm, nn.ReLU()]
+    layers.append(dense(params[f"Dense_{len(case.widths)}"]))
+  return nn.Sequential(*layers)
+
 
 def clock() -> float:
-  return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
+  return time.process_time() if jax.default_backend() == "cpu" and _NUM_CORES == 1 else time.perf_counter()
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -336,7 +399,8 @@ def run_case(name: str, versus: str) -> dict[str, Any]:
     "high": round(max(ratios), 4),
     "n": len(ratios),
     "device": jax.devices()[0].device_kind,
-    "clock": "cpu, one core" if jax.default_backend() == "cpu" else "wall",
+    "clock": "cpu, one core" if jax.default_backend() == "cpu" and _NUM_CORES == 1 else "wall",
+    "cores": _NUM_CORES,
     "seconds_per_step": step,
     "flops_per_step": flops,
     "gflops": round(flops / step * 1e-9, 2),
@@ -363,9 +427,13 @@ def main(arguments: list[str]) -> None:
     raise app.UsageError(f"unknown arguments {arguments[1:]}; options begin with --")
   if _ALL_CORES and jax.default_backend() != "cpu":
     os.sched_setaffinity(0, _ALL_CORES)
-  opponents = [name for name in _VERSUS.value if name != "torch" or has_torch()]
+  opponents = [name for name in _VERSUS.value if name in PEERS or _NUM_CORES == 1]
+  if not PEERS.isdisjoint(opponents) and not has_torch():
+    opponents = [name for name in opponents if name not in PEERS]
   for name in _ONLY.value:
     for versus in opponents:
+      if versus == "torch_nhwc" and not CASES[name].has_convolutions:
+        continue
       print(json.dumps(run_case(name, versus)), flush=True)
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "scripts.bench_train"]
 
@@ -37,3 +39,18 @@ def test_an_unknown_case_is_refused_with_the_known_ones():
   assert done.returncode != 0
   assert "mlp512_b8" in done.stderr
   assert done.stdout == ""
+
+
+def test_operations_of_a_residual_network():
+  program = "from scripts.bench_train import CASES; print(CASES['resnet8_b8'].flops_per_step)"
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  first = 32 * 32 * 9 * 3 * 16
+  stages = [32 * 32 * 9 * 2 * 16 * 16, 16 * 16 * 9 * (16 + 32) * 32, 8 * 8 * 9 * (32 + 64) * 64]
+  assert float(done.stdout) == 2 * 8 * (3 * (first + sum(stages) + 64 * 10) - first)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_several_cores_are_compared_with_pytorch_only():
+  done = run("--cores=2", "--only=tiny_b8", "--versus=jax_loop,entry")
+  assert (done.returncode, done.stdout) == (0, "")
+  assert run("--cores=0").returncode != 0
