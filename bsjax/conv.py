@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec as P
 
 from bsjax.types import Array
 
@@ -51,6 +52,11 @@ class Geometry(NamedTuple):
 
 Padding = Literal["SAME", "VALID"] | int
 """`"SAME"` pads with zeros to an output of `ceil(H / stride)`, `"VALID"` does not pad, a number pads every edge by so many."""
+
+
+FILTER_GRADIENT_BLOCK = 4
+"""Examples whose filter gradient the CPU computes at once. Its kernel does not block the sum over examples and positions, but reads all of
+`dy` for every few rows of its result: 128 examples in fours were 2 to 13 times faster than at once (`docs/bench_train.md`)."""
 
 
 def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:
@@ -187,32 +193,65 @@ def _plain_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
 
 
 def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Array:
-  """Convolves `dy`, spread out by the stride, with the flipped kernel, input and output channels exchanged."""
-  padding = [
-    (kernel - 1 - low, size - (output - 1) * geometry.stride - 1 + low)
-    for size, kernel, output, (low, _) in zip(
-      geometry.input_size, geometry.kernel_size, geometry.output_size, geometry.padding, strict=True
-    )
-  ]
-  flipped = w[::-1, ::-1].swapaxes(2, 3)
-  return _convolve(dy, flipped, window_strides=(1, 1), padding=padding, lhs_dilation=(geometry.stride,) * 2)
+  """Computes the rows of each remainder r modulo the stride s, and the columns, by a convolution with what of the kernel reaches them.
+
+  x'[s m + r] = sum_t dy[m + k - t] w[a + s t],        a = (r + p) mod s,  k = (r + p - a) / s
+  """
+  stride = geometry.stride
+  counts = [-(-size // stride) for size in geometry.input_size]
+
+  def of_remainders(*remainders: int) -> Array:
+    shifted = [r + low for r, (low, _) in zip(remainders, geometry.padding, strict=True)]
+    kernel = w[shifted[0] % stride :: stride, shifted[1] % stride :: stride]
+    if not kernel.size:  # a kernel smaller than the stride
+      return jnp.zeros_like(dy, shape=(dy.shape[0], *counts, w.shape[2]))
+    padding = [
+      (taps - 1 - at // stride, count - output + at // stride)
+      for taps, at, count, output in zip(kernel.shape[:2], shifted, counts, geometry.output_size, strict=True)
+    ]
+    return _convolve(dy, kernel[::-1, ::-1].swapaxes(2, 3), window_strides=(1, 1), padding=padding)
+
+  rows = [jnp.stack([of_remainders(r, q) for q in range(stride)], axis=3) for r in range(stride)]
+  height, width = geometry.input_size
+  whole = jnp.stack(rows, axis=2).reshape(dy.shape[0], counts[0] * stride, counts[1] * stride, w.shape[2])
+  return whole[:, :height, :width]
 
 
 def _canonical_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
-  """Convolves `x` with `dy` as a kernel spread out by the stride, examples and channels exchanged."""
-  missing = [
-    kernel + (output - 1) * geometry.stride - size - low
-    for size, kernel, output, (low, _) in zip(
-      geometry.input_size, geometry.kernel_size, geometry.output_size, geometry.padding, strict=True
-    )
+  """Sums the filter gradients of `FILTER_GRADIENT_BLOCK` examples at a time, in float32 at least."""
+  if x.shape[0] <= FILTER_GRADIENT_BLOCK:
+    return _filter_gradient_of_block(geometry, x, dy)
+
+  def blocks(operand: Array) -> Array:
+    padding = ((0, -len(operand) % FILTER_GRADIENT_BLOCK), (0, 0), (0, 0), (0, 0))
+    return jnp.pad(operand, padding).reshape(-1, FILTER_GRADIENT_BLOCK, *operand.shape[1:])
+
+  def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+    return total + _filter_gradient_of_block(geometry, *block), None
+
+  shape = (*geometry.kernel_size, x.shape[3], dy.shape[3])
+  zeros = jnp.zeros_like(x, shape=shape, dtype=jnp.promote_types(x.dtype, jnp.float32))
+  return lax.scan(add, zeros, (blocks(x), blocks(dy)))[0].astype(x.dtype)
+
+
+def _filter_gradient_of_block(geometry: Geometry, x: Array, dy: Array) -> Array:
+  """Convolves the rows of `x` with those of `dy` as a kernel spread out by the stride, entry by entry of the columns and examples.
+
+  Rows and (column of the kernel, input channel) are what the convolution calls height and width; what is summed in each row, the
+  columns of `dy` of each example, it calls input channels.
+  """
+  (height, width), (rows, columns), stride = geometry.kernel_size, geometry.output_size, geometry.stride
+  seen = ((rows - 1) * stride + height, (columns - 1) * stride + width)  # a stride can leave the last ones unseen
+  edges = [
+    (low, max(0, size - whole - low))
+    for size, whole, (low, _) in zip(seen, x.shape[1:3], geometry.padding, strict=True)
   ]
-  # A stride that does not divide the image leaves rows and columns that no window reached: cut them.
-  height, width = (size + min(more, 0) for size, more in zip(geometry.input_size, missing, strict=True))
-  images = x[:, :height, :width].transpose(3, 1, 2, 0)
-  kernel = dy.transpose(1, 2, 0, 3)
-  padding = [(low, max(more, 0)) for (low, _), more in zip(geometry.padding, missing, strict=True)]
-  gradient = _convolve(images, kernel, window_strides=(1, 1), padding=padding, rhs_dilation=(geometry.stride,) * 2)
-  return gradient.transpose(1, 2, 0, 3)
+  padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))[:, : seen[0], : seen[1]].transpose(1, 3, 2, 0)
+  shifted = [padded[:, :, b : b + (columns - 1) * stride + 1 : stride] for b in range(width)]
+  images = jnp.stack(shifted, axis=1).reshape(1, seen[0], width * x.shape[3], -1)
+  kernel = dy.transpose(1, 2, 0, 3).reshape(rows, 1, -1, dy.shape[3])
+  gradient = _convolve(images, kernel, window_strides=(1, 1), padding="VALID", rhs_dilation=(stride, 1))
+  return gradient.reshape(height, width, x.shape[3], dy.shape[3])
 
 
 # The primitives. Operands have a leading axis of lanes.
@@ -232,8 +271,11 @@ def _make_primitive(
   name: str,
   plain: Callable[[Geometry, Array, Array], Array],
   canonical: Callable[[Geometry, Array, Array], Array],
+  shape: Callable[[Geometry, Any, Any], tuple[int, ...]],
   lhs_fold: tuple[int, int],
   rhs_fold: tuple[int, int],
+  *,
+  sums_examples: bool = False,
 ) -> Primitive:
   """Makes a primitive of a bilinear map.
 
@@ -241,8 +283,10 @@ def _make_primitive(
     name: As printed in a jaxpr.
     plain: The map for one lane, for any platform.
     canonical: The same map for the CPU.
+    shape: The shape of its result, from those of its operands, all of one lane.
     lhs_fold: The axis of the first operand, and of the result, into which a vmapped axis of that operand alone is folded.
     rhs_fold: The same for the second operand.
+    sums_examples: Whether both operands have examples and the result has not; else the first operand and the result have.
 
   Returns:
     The primitive; it has no derivatives yet.
@@ -258,6 +302,9 @@ def _make_primitive(
     # One lane after another: on the CPU a grouped convolution is several times slower.
     return lax.map(lambda lane: canonical(geometry, *lane), (lhs, rhs))
 
+  def on_every_device(lhs: Array, rhs: Array, *, geometry: Geometry) -> Array:
+    return _on_every_device(partial(canonical_lanes, geometry=geometry), lhs, rhs, sums_examples)
+
   def batch(operands: tuple[Array, Array], axes: tuple[Any, Any], *, geometry: Geometry) -> tuple[Array, int]:
     (lhs, rhs), (lhs_axis, rhs_axis) = operands, axes
     if rhs_axis is None:
@@ -272,17 +319,37 @@ def _make_primitive(
     out = _bind(primitive, lhs, rhs, geometry)
     return out.reshape(*out.shape[:at], size, -1, *out.shape[at + 1 :]), at
 
-  def shape(lhs: Any, rhs: Any, *, geometry: Geometry) -> Any:
-    one_lane = [jax.ShapeDtypeStruct(operand.shape[1:], operand.dtype) for operand in (lhs, rhs)]
-    out = jax.eval_shape(partial(canonical, geometry), *one_lane)
-    return lhs.update(shape=(lhs.shape[0], *out.shape), dtype=out.dtype)
+  def type_of_result(lhs: Any, rhs: Any, *, geometry: Geometry) -> Any:
+    return lhs.update(shape=(lhs.shape[0], *shape(geometry, lhs.shape[1:], rhs.shape[1:])))
 
   primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
-  primitive.def_abstract_eval(shape)
+  primitive.def_abstract_eval(type_of_result)
   batching.primitive_batchers[primitive] = batch
   mlir.register_lowering(primitive, mlir.lower_fun(plain_lanes, multiple_results=False))
-  mlir.register_lowering(primitive, mlir.lower_fun(canonical_lanes, multiple_results=False), platform="cpu")
+  mlir.register_lowering(primitive, mlir.lower_fun(on_every_device, multiple_results=False), platform="cpu")
   return primitive
+
+
+def _on_every_device(lanes_fn: Callable[..., Array], lhs: Array, rhs: Array, sums_examples: bool) -> Array:
+  """Lets each device of a mesh with axes "trial" and "data" compute its own lanes and examples, where they can be divided.
+
+  Left to itself, the partitioner would have every device do all turns of a loop over lanes or over blocks of examples.
+  """
+  mesh = jax.typeof(lhs).sharding.mesh
+  if set(mesh.auto_axes) != {"trial", "data"} or mesh.size == 1:  # no mesh, or one device's part of a `shard_map`
+    return lanes_fn(lhs, rhs)
+  lanes, examples = (
+    axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(("trial", "data"), lhs.shape[:2], strict=True)
+  )
+
+  def on_device(lhs: Array, rhs: Array) -> Array:
+    out = lanes_fn(lhs, rhs)
+    return lax.psum(out, examples) if sums_examples and examples else out
+
+  spread, whole = P(lanes, examples), P(lanes)
+  in_specs, out_specs = ((spread, spread), whole) if sums_examples else ((spread, whole), spread)
+  return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(lhs, rhs)
 
 
 def _fold(x: Array, mapped_axis: int, axis: int) -> Array:
@@ -292,12 +359,30 @@ def _fold(x: Array, mapped_axis: int, axis: int) -> Array:
 
 
 # Axes with lanes: images are [V, N, H, W, C], kernels [V, kh, kw, I, O].
-convolution_p = _make_primitive("loop_safe_convolution", _convolution_of, _convolution_of, (1, 1), (4, 4))
+convolution_p = _make_primitive(
+  "loop_safe_convolution",
+  _convolution_of,
+  _convolution_of,
+  lambda geometry, x, w: (x[0], *geometry.output_size, w[3]),
+  (1, 1),
+  (4, 4),
+)
 _input_gradient = _make_primitive(
-  "loop_safe_input_gradient", _plain_input_gradient_of, _canonical_input_gradient_of, (1, 1), (3, 4)
+  "loop_safe_input_gradient",
+  _plain_input_gradient_of,
+  _canonical_input_gradient_of,
+  lambda geometry, dy, w: (dy[0], *geometry.input_size, w[2]),
+  (1, 1),
+  (3, 4),
 )
 _filter_gradient = _make_primitive(
-  "loop_safe_filter_gradient", _plain_filter_gradient_of, _canonical_filter_gradient_of, (4, 3), (4, 4)
+  "loop_safe_filter_gradient",
+  _plain_filter_gradient_of,
+  _canonical_filter_gradient_of,
+  lambda geometry, x, dy: (*geometry.kernel_size, x[3], dy[3]),
+  (4, 3),
+  (4, 4),
+  sums_examples=True,
 )
 
 ad.defbilinear(

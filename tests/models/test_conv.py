@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from bsjax.conv import FILTER_GRADIENT_BLOCK
 from bsjax.models import conv, max_pool, transposed_conv
 
 # Float64 sums of at most about 1,000 terms of order one, summed in another order: 1000 x 2.2e-16, with room for a factor 5.
@@ -48,14 +49,16 @@ def test_value_is_the_defining_sum():
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_value_and_both_gradients_equal_the_plain_convolution(stride, padding):
-  geometries = list(itertools.product([(7, 6), (8, 5)], [(1, 1), (3, 3), (5, 5), (2, 3)]))
+  """Three examples are less than a block of the filter gradient, nine are two and one over."""
+  geometries = list(itertools.product([(7, 6), (8, 5)], [(1, 1), (3, 3), (5, 5), (2, 3)], [3, 9]))
+  assert (9 // FILTER_GRADIENT_BLOCK, 9 % FILTER_GRADIENT_BLOCK) == (2, 1)
 
   def value_and_pullback(convolution, x, w):
     y, pullback = jax.vjp(lambda x, w: convolution(x, w, stride=stride, padding=padding), x, w)
     return y, pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape)))
 
   with jax.enable_x64(True):
-    pairs = [operands(size, kernel, jnp.float64) for size, kernel in geometries]
+    pairs = [operands(size, kernel, jnp.float64, examples) for size, kernel, examples in geometries]
 
     @jax.jit
     def of_all(pairs):
@@ -146,8 +149,10 @@ def test_shapes_are_inferred_without_computing(stride, padding):
   assert [grad.shape for grad in grads] == [x.shape, w.shape]
 
 
-def test_bfloat16_in_bfloat16_out():
-  x, w = operands(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("examples", [3, 64])
+def test_bfloat16_in_bfloat16_out(examples):
+  """Of 64 examples the sums over blocks are taken in float32, or each of 16 additions would round."""
+  x, w = operands(dtype=jnp.bfloat16, examples=examples)
   value, grads = jax.value_and_grad(lambda x, w: jnp.sum(conv(x, w).astype(jnp.float32) ** 2) / 100, (0, 1))(x, w)
   wide = [operand.astype(jnp.float32) for operand in (x, w)]
   expected, wide_grads = jax.value_and_grad(lambda x, w: jnp.sum(plain_conv(x, w) ** 2) / 100, (0, 1))(*wide)
@@ -206,8 +211,9 @@ def lowered_convolutions(convolution, platform):
 
 
 def test_cpu_lowering_has_only_the_form_of_the_fast_kernel():
-  assert lowered_convolutions(conv, "cpu") == [CANONICAL] * 3
-  assert lowered_convolutions(plain_conv, "cpu") != [CANONICAL] * 3  # the reason for the rest of this file
+  # The convolution, its filter gradient, and for each of four parities of rows and columns the input gradient of stride 2.
+  assert lowered_convolutions(conv, "cpu") == [CANONICAL] * 6
+  assert set(lowered_convolutions(plain_conv, "cpu")) != {CANONICAL}  # the reason for the rest of this file
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
