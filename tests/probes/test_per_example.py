@@ -37,11 +37,17 @@ def assert_trees_close(got, want, rtol):
 def test_equal_a_loop_over_examples():
   with jax.enable_x64(True):
     params, examples = net_problem()
-    batched = per_example_losses(net_loss, params, examples), per_example_grads(net_loss, params, examples)
-    one_by_one = [jax.value_and_grad(net_loss)(params, example_of(examples, i)) for i in range(N)]
-    looped = jax.tree.map(lambda *values: np.stack(values), *one_by_one)
-    # The same float64 operations, batched: a few roundings of 1e-16 in sums of five, of the largest example's.
-    assert_trees_close(batched, looped, rtol=1e-14)
+    roots = np.sqrt(per_example_losses(net_loss, params, examples))
+    grads = per_example_grads(net_loss, params, examples)
+    for i in range(N):
+      loss, grad = jax.value_and_grad(net_loss)(params, example_of(examples, i))
+      # A loss is the square of a difference r of numbers of order one: |r| is as exact as they are, a few roundings, however small it is.
+      np.testing.assert_allclose(roots[i], np.sqrt(loss), rtol=0, atol=20 * np.finfo(np.float64).eps)
+      # Its gradient is 2 r times that of r: sums of five of the same float64 operations, batched.
+      by_root = [
+        jax.tree.map(lambda g, r=r: g / r, g) for g, r in ((example_of(grads, i), roots[i]), (grad, np.sqrt(loss)))
+      ]
+      assert_trees_close(*by_root, rtol=1e-14)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, N, N + 2])
