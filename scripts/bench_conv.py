@@ -1,11 +1,14 @@
-"""What does the loop-safe convolution save: gradients of a convolution inside a scan, ours against lax.conv_general_dilated.
+"""What does the loop-safe convolution save inside a scan, and what its sum over blocks of examples?
 
-  python -m scripts.bench_conv                    both batch sizes, about two minutes on one core
-  python -m scripts.bench_conv --only=conv_b8     one case
+  python -m scripts.bench_conv                                     all cases against both, about five minutes on one core
+  python -m scripts.bench_conv --only=conv_b8 --versus=lax_in_scan    one case against one
 
-Prints one JSON object per case: a scan of gradient steps on a 3x3 convolution from 16 to 16 channels over 16x16 images.
+Prints one JSON object per case and opponent: a scan of gradient steps on two 3x3 convolutions from 16 to 16 channels.
+Opponents:
+  lax_in_scan    the same with lax.conv_general_dilated
+  at_once        ours, with the filter gradient of the whole batch as one block
 `ratio` is our CPU time over theirs, below 1 is faster: the median of alternating repetitions, `low` and `high` the smallest
-and the largest. Compilation is not timed. Values and gradients of both sides are compared before.
+and the largest. Compilation is not timed. The weights that both sides arrive at are compared before.
 """
 # ruff: noqa: E402  (the process is pinned before JAX is imported)
 
@@ -19,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +30,30 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
+import bsjax.conv
 from bsjax.models import conv
 from bsjax.types import Array
 
-CASES = {"conv_b8": 8, "conv_b128": 128}
-STEPS, SIZE, CHANNELS = 4, 16, 16
+CASES = {"conv_b8": (8, 16), "conv_b128": (128, 16), "conv32_b128": (128, 32)}
+"""Examples, and rows and columns of an image."""
+STEPS, CHANNELS = 4, 16
+OPPONENTS = ("lax_in_scan", "at_once")
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Cases to run.")
+_VERSUS = flags.DEFINE_list("versus", list(OPPONENTS), "Opponents to run against.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating repetitions.", lower_bound=1)
 flags.register_validator("only", lambda names: set(names) <= set(CASES), f"wanted some of {', '.join(CASES)}")
+flags.register_validator("versus", lambda names: set(names) <= set(OPPONENTS), f"wanted some of {', '.join(OPPONENTS)}")
 
 
 def plain(x: Array, w: Array) -> Array:
   return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def scanned_steps(convolve: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+Steps = Callable[[Array, Array], Array]
+
+
+def scanned_steps(convolve: Callable[[Array, Array], Array]) -> Steps:
   """Builds `STEPS` gradient steps on two layers in one scan, as training makes them."""
 
   def loss(weights: Array, x: Array) -> Array:
@@ -53,26 +65,40 @@ def scanned_steps(convolve: Callable[[Array, Array], Array]) -> Callable[[Array,
   return jax.jit(lambda weights, batches: lax.scan(step, weights, batches)[0])
 
 
+def at_once(weights: Array, batches: Array) -> Steps:
+  """Compiles our steps with blocks as large as the batch."""
+  with mock.patch.object(bsjax.conv, "FILTER_GRADIENT_BLOCK", batches.shape[1]):
+    return scanned_steps(conv).lower(weights, batches).compile()
+
+
 def main(arguments: list[str]) -> None:
   del arguments
-  ours, theirs = scanned_steps(conv), scanned_steps(plain)
   draw = np.random.default_rng(0)
   for case in _ONLY.value:
-    batches = draw.normal(size=(STEPS, CASES[case], SIZE, SIZE, CHANNELS)).astype(np.float32)
+    batch_size, size = CASES[case]
+    batches = draw.normal(size=(STEPS, batch_size, size, size, CHANNELS)).astype(np.float32)
     weights = (0.1 * draw.normal(size=(2, 3, 3, CHANNELS, CHANNELS))).astype(np.float32)
-    np.testing.assert_allclose(ours(weights, batches), theirs(weights, batches), atol=1e-5)
-    seconds: dict[Callable, list[float]] = {ours: [], theirs: []}
-    for _ in range(_REPEATS.value):
-      for side, times in seconds.items():
-        began = time.process_time()
-        jax.block_until_ready(side(weights, batches))
-        times.append((time.process_time() - began) / STEPS)
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    row = {"bench": "conv", "case": case, "versus": "lax_in_scan", "ratio": statistics.median(ratios)}
-    row |= {"low": min(ratios), "high": max(ratios), "n": len(ratios), "device": jax.devices()[0].platform}
-    row |= {"seconds_per_step": statistics.median(seconds[ours]), "their_seconds": statistics.median(seconds[theirs])}
-    print(json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}))
-    sys.stdout.flush()
+    for versus in _VERSUS.value:
+      ours = scanned_steps(conv).lower(weights, batches).compile()
+      theirs = at_once(weights, batches) if versus == "at_once" else scanned_steps(plain)
+      np.testing.assert_allclose(ours(weights, batches), theirs(weights, batches), atol=1e-5)
+      print(json.dumps({"bench": "conv", "case": case, "versus": versus, **compare(ours, theirs, weights, batches)}))
+      sys.stdout.flush()
+
+
+def compare(ours: Steps, theirs: Steps, weights: Array, batches: Array) -> dict[str, float | int | str]:
+  """Times both sides in turn; seconds are of one step."""
+  seconds: dict[Steps, list[float]] = {ours: [], theirs: []}
+  for _ in range(_REPEATS.value):
+    for side, times in seconds.items():
+      began = time.process_time()
+      jax.block_until_ready(side(weights, batches))
+      times.append((time.process_time() - began) / STEPS)
+  ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
+  numbers = {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+  numbers |= {"seconds_per_step": statistics.median(seconds[ours]), "their_seconds": statistics.median(seconds[theirs])}
+  rounded = {name: float(f"{value:.4g}") for name, value in numbers.items()}
+  return rounded | {"n": len(ratios), "device": jax.devices()[0].platform}
 
 
 if __name__ == "__main__":

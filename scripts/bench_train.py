@@ -122,7 +122,9 @@ CASES = {
   **{f"mlp512_b{size}": Case(size, (28, 28, 1), 10, widths=(512, 512)) for size in (8, 32, 128, 512)},
   **{f"mlp_bn_b{size}": Case(size, (28, 28, 1), 10, widths=(512,) * 5, batch_norm=True) for size in (8, 128)},
   **{f"cnn_b{size}": Case(size, (28, 28, 1), 10, channels=(32, 64), steps=2048 // size) for size in (8, 128)},
-  **{f"resnet8_b{size}": Case(size, (32, 32, 3), 10, depth=8, batch_norm=True, steps=2048 // size) for size in (8, 128)},
+  **{
+    f"resnet8_b{size}": Case(size, (32, 32, 3), 10, depth=8, batch_norm=True, steps=2048 // size) for size in (8, 128)
+  },
 }
 OPPONENTS = ("jax_loop", "torch", "torch_nhwc", "entry")
 PEERS = {"torch", "torch_nhwc"}

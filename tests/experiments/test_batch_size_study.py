@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,15 +124,15 @@ def test_a_second_run_computes_nothing(out: Path) -> None:
   assert (out / "claims.json").read_bytes() == claims
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-  """Runs the command in this process and returns its one line of error."""
+def exit_code(arguments: list[str]) -> int:
+  """Runs the command in this process."""
   batch_size_study._FLAGS.unparse_flags()
   for name in list(batch_size_study._FLAGS):
     batch_size_study._FLAGS[name].unparse()
   old = sys.argv
   sys.argv = ["batch_size_study", *arguments]
   try:
-    code = run_command(
+    return run_command(
       batch_size_study._prepare_from_flags,
       documentation="",
       module="experiments.batch_size_study",
@@ -139,7 +140,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     )
   finally:
     sys.argv = old
-  assert code == 2
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+  """Runs the command in this process and returns its one line of error."""
+  assert exit_code(arguments) == 2
   captured = capsys.readouterr()
   assert captured.out == ""
   assert captured.err.startswith("error: ")
@@ -209,24 +214,18 @@ def test_an_edited_workload_file_does_not_continue_the_old_study(tmp_path: Path)
     batch_size_study.prepare(f"{mine}:make_workload", tmp_path / "out")
 
 
-def command(folder: Path, *more: str) -> list[str]:
-  small = [
-    "--batch_sizes=4,64,512",
-    "--num_epochs=4",
-    "--num_steps=64",
-    "--num_rates=3",
-    "--tuning_seeds=2",
-    "--final_seeds=3",
-  ]
+KILLED = {"batch_sizes": (4, 64), "num_epochs": 4.0, "num_steps": 64, "num_rates": 3, "tuning_seeds": 2, "final_seeds": 3}
+
+
+def flags_of(settings: dict[str, object]) -> list[str]:
   return [
-    sys.executable,
-    "-m",
-    "experiments.batch_size_study",
-    "--workload=quadratic",
-    f"--out={folder}",
-    *small,
-    *more,
+    f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in settings.items()
   ]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+  start = [sys.executable, "-m", "experiments.batch_size_study", "--workload=quadratic", f"--out={folder}"]
+  return [*start, *flags_of(KILLED), *more]
 
 
 def test_help_is_one_screen() -> None:
@@ -249,52 +248,47 @@ def deterministic(folder: Path) -> dict[str, bytes]:
   return kept
 
 
+def complete_trials(folder: Path) -> dict[Path, int]:
+  """The folders of complete trials, and when they became so."""
+  return {
+    path.parent: path.stat().st_mtime_ns
+    for path in folder.glob("batch_size_study/*/status.json")
+    if json.loads(path.read_text())["state"] == "complete"
+  }
+
+
 def test_kill_nine_and_run_again(tmp_path: Path) -> None:
-  """The real command, killed for real in the middle: the same command computes what is missing, to the same bits."""
+  """The real command, killed for real in the middle: the same command computes what is missing, to the bits of a whole run in Python."""
   killed = tmp_path / "killed"
   child = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 240
-  while len(list(killed.glob("batch_size_study/*/status.json"))) < 9 and time.monotonic() < deadline:
+  while len(complete_trials(killed)) < 4 and time.monotonic() < deadline:
     assert child.poll() is None, "the study ended before it could be killed"
     time.sleep(0.02)
   os.kill(child.pid, signal.SIGKILL)
   child.wait()
   assert not (killed / "report.html").exists()
-  finished = {
-    path.parent: path.stat().st_mtime_ns
-    for path in killed.glob("batch_size_study/*/status.json")
-    if json.loads(path.read_text())["state"] == "complete"
-  }
+  finished = complete_trials(killed)
   assert finished
-  for folder in (killed, tmp_path / "whole"):
-    done = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("report.html")
-  assert {path: (path / "status.json").stat().st_mtime_ns for path in finished} == finished
+  done = subprocess.run(command(killed), cwd=ROOT, capture_output=True, text=True, timeout=280)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.strip().endswith("report.html")
+  batch_size_study.run("quadratic", tmp_path / "whole", **KILLED)
+  assert finished.items() <= complete_trials(killed).items()
   assert deterministic(killed) == deterministic(tmp_path / "whole")
 
 
-def test_truncated_record_is_named_and_nothing_is_lost(out: Path, tmp_path: Path) -> None:
-  import shutil
-
+def test_truncated_record_is_named_and_nothing_is_lost(
+  out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   folder = tmp_path / "copy"
   shutil.copytree(out, folder)
   victim = sorted(folder.glob("batch_size_study/*/metrics.jsonl"))[0]
   victim.write_bytes(victim.read_bytes()[:-7])
   before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-  flags_of = [
-    f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in SMALL.items()
-  ]
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.batch_size_study", "--workload=digits_mlp", f"--out={folder}", *flags_of],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-  assert len(errors) == 1
-  assert str(victim) in errors[0]
-  assert "run again to compute it anew" in errors[0]
-  assert "Traceback" not in done.stderr
+  assert exit_code(["--workload=digits_mlp", f"--out={folder}", *flags_of(SMALL)]) == 2
+  lines = capsys.readouterr().err.replace("\r", "\n").splitlines()  # after the bar of progress
+  (error,) = [line for line in lines if line.startswith("error: ")]
+  assert str(victim) in error
+  assert "run again to compute it anew" in error
   assert {path: path.read_bytes() for path in before} == before

@@ -1,7 +1,6 @@
 """The doctor's command: its lines, its exit codes, its file."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,11 +101,13 @@ def test_bad_flag_is_one_line(arguments: list[str], message: str, monkeypatch, c
   assert captured.out == ""
 
 
-def test_help_is_one_screen() -> None:
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.doctor", "--help"], cwd=ROOT, capture_output=True, text=True
+def test_help_is_one_screen(monkeypatch, capsys) -> None:
+  monkeypatch.setattr(sys, "argv", ["doctor", "--help"])
+  code = run_command(
+    doctor._prepare_from_flags, documentation=doctor.__doc__, module="experiments.doctor", flag_values=doctor._FLAGS
   )
-  assert done.returncode == 0
-  assert "package.module:function" in done.stdout
-  assert len(done.stdout.splitlines()) <= 40
-  assert max(map(len, done.stdout.splitlines())) <= 140
+  shown = capsys.readouterr().out
+  assert code == 0
+  assert "package.module:function" in shown
+  assert len(shown.splitlines()) <= 40
+  assert max(map(len, shown.splitlines())) <= 140

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,6 @@ from bsjax.workloads import load_workload
 from experiments import batch_size_study, noise_scale
 from tests.analysis import simulate_noise
 
-ROOT = Path(__file__).parents[2]
 CLAIMS = ["noise_grows", "temperature", "estimators_agree", "layernorm_predicts_total"]
 FIGURES = [*CLAIMS, "noise_layers"]
 SMALL = {"batch_sizes": (32,), "num_epochs": 1, "seeds": 2}
@@ -313,14 +311,19 @@ def test_two_experiments_live_in_one_process() -> None:
   assert batch_size_study._FLAGS["out"].default != noise_scale._FLAGS["out"].default
 
 
-def test_help_is_one_screen() -> None:
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.noise_scale", "--help"], cwd=ROOT, capture_output=True, text=True
+def test_help_is_one_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  monkeypatch.setattr(sys, "argv", ["noise_scale", "--help"])
+  code = run_command(
+    noise_scale._prepare_from_flags,
+    documentation=noise_scale.__doc__,
+    module="experiments.noise_scale",
+    flag_values=noise_scale._FLAGS,
   )
-  assert done.returncode == 0
-  assert "--learning_rates" in done.stdout
-  assert len(done.stdout.splitlines()) <= 40
-  assert max(map(len, done.stdout.splitlines())) <= 130
+  shown = capsys.readouterr().out
+  assert code == 0
+  assert "--learning_rates" in shown
+  assert len(shown.splitlines()) <= 40
+  assert max(map(len, shown.splitlines())) <= 130
 
 
 TRAINING_MODE = """

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_one_line_per_case():
+def test_one_line_per_case_and_opponent():
   done = subprocess.run(
     [sys.executable, "-m", "scripts.bench_conv", "--only=conv_b8", "--repeats=2"],
     cwd=ROOT,
@@ -19,6 +19,8 @@ def test_one_line_per_case():
     timeout=200,
   )
   assert done.returncode == 0, done.stderr
-  (line,) = [json.loads(text) for text in done.stdout.splitlines()]
-  assert (line["bench"], line["case"], line["versus"], line["n"]) == ("conv", "conv_b8", "lax_in_scan", 2)
-  assert 0 < line["low"] <= line["ratio"] <= line["high"]
+  lines = [json.loads(text) for text in done.stdout.splitlines()]
+  assert [line["versus"] for line in lines] == ["lax_in_scan", "at_once"]
+  for line in lines:
+    assert (line["bench"], line["case"], line["n"]) == ("conv", "conv_b8", 2)
+    assert 0 < line["low"] <= line["ratio"] <= line["high"]
