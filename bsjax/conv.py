@@ -56,7 +56,7 @@ Padding = Literal["SAME", "VALID"] | int
 
 FILTER_GRADIENT_BLOCK = 4
 """Examples whose filter gradient the CPU computes at once. Its kernel does not block the sum over examples and positions, but reads all of
-`dy` for every few rows of its result: 128 examples in fours were 2 to 13 times faster than at once (`docs/bench_train.md`)."""
+`dy` for every few rows of its result: 128 examples in fours were 1.5 and 2.6 times faster than at once (`docs/bench_train.md`)."""
 
 
 def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:

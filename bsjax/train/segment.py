@@ -45,12 +45,17 @@ def make_mesh(*, trial: int = 1, data: int | None = None) -> Mesh:
   Args:
     trial: devices across which lanes are spread.
     data: devices across which each batch is spread; all that remain by default.
+
+  Raises:
+    ValueError: fewer than one along an axis, or more than there are.
   """
   count = jax.device_count()
+  if trial < 1 or (data is not None and data < 1):
+    raise ValueError(f"mesh of trial={trial} x data={data}; wanted at least 1 device along each axis")
   if data is None:
-    data = count // trial
-  if trial < 1 or data < 1 or trial * data > count:
-    raise ValueError(f"mesh of trial={trial} x data={data} needs {trial * data} devices, there are {count}")
+    data = max(1, count // trial)
+  if trial * data > count:
+    raise ValueError(f"mesh of trial={trial} x data={data} needs {trial * data} devices, there are {count}: use fewer")
   devices = jax.devices()[: trial * data]
   return jax.make_mesh((trial, data), ("trial", "data"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

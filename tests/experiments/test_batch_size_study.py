@@ -214,7 +214,14 @@ def test_an_edited_workload_file_does_not_continue_the_old_study(tmp_path: Path)
     batch_size_study.prepare(f"{mine}:make_workload", tmp_path / "out")
 
 
-KILLED = {"batch_sizes": (4, 64), "num_epochs": 4.0, "num_steps": 64, "num_rates": 3, "tuning_seeds": 2, "final_seeds": 3}
+KILLED = {
+  "batch_sizes": (4, 64),
+  "num_epochs": 4.0,
+  "num_steps": 64,
+  "num_rates": 3,
+  "tuning_seeds": 2,
+  "final_seeds": 3,
+}
 
 
 def flags_of(settings: dict[str, object]) -> list[str]:

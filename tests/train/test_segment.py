@@ -342,8 +342,16 @@ def test_padding_may_be_not_a_number() -> None:
 
 
 def test_mesh_that_does_not_fit_is_refused() -> None:
-  with pytest.raises(ValueError, match=r"trial=3 x data=2 needs 6 devices, there are"):
-    make_mesh(trial=3, data=2)
+  count = jax.device_count()
+  with pytest.raises(
+    ValueError, match=rf"trial=3 x data={count} needs {3 * count} devices, there are {count}: use fewer"
+  ):
+    make_mesh(trial=3, data=count)
+  with pytest.raises(ValueError, match=rf"trial={count + 1} x data=1 needs {count + 1} devices, there are {count}"):
+    make_mesh(trial=count + 1)
+  for shape in ({"trial": 0}, {"trial": 1, "data": 0}):
+    with pytest.raises(ValueError, match="wanted at least 1 device along each axis"):
+      make_mesh(**shape)
 
 
 ON_EIGHT_DEVICES = """
