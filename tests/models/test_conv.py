@@ -177,6 +177,20 @@ def test_a_filter_gradient_on_the_cpu_loops_over_blocks():
     assert text.count("stablehlo.while") == loops
 
 
+def test_blocks_vary_over_the_axes_of_a_shard_map():
+  """There the loop's sum has to be typed like its terms, on a mesh of one device too."""
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  x, w = operands(examples=2 * FILTER_GRADIENT_BLOCK)
+
+  def grad(w, x):
+    return jax.grad(lambda w: jnp.sum(jnp.sin(conv(x, w))))(w)
+
+  data = jax.sharding.PartitionSpec("data")
+  whole = jax.sharding.PartitionSpec()
+  spread = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(whole, data), out_specs=whole))
+  np.testing.assert_allclose(spread(w, x), grad(w, x), rtol=1e-5, atol=1e-4)  # float32 sums of 336 terms of order one
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 2)])
 def test_transposed_convolution_is_the_transpose_of_a_convolution_of_stride_2(size):
   with jax.enable_x64(True):
