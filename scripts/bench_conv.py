@@ -1,6 +1,6 @@
 """What does the loop-safe convolution save inside a scan, and what its sum over blocks of examples?
 
-  python -m scripts.bench_conv                                     all cases against both, about five minutes on one core
+  python -m scripts.bench_conv                                     all cases against both, conv32_b128 for minutes
   python -m scripts.bench_conv --only=conv_b8 --versus=lax_in_scan    one case against one
 
 Prints one JSON object per case and opponent: a scan of gradient steps on two 3x3 convolutions from 16 to 16 channels.
