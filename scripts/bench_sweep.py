@@ -41,8 +41,9 @@ from absl import app, flags
 
 from bsjax.records import read_records
 from bsjax.train import Plan, TrialConfig, build_segment, chunked, device_arrays, make_mesh, make_trial, run_trials
+from bsjax.train.evaluate import spread_chunks
 from bsjax.train.plan import num_lanes, remembered_plan
-from bsjax.train.segment import everywhere, idle_lanes, rows_per_segment
+from bsjax.train.segment import idle_lanes, rows_per_segment
 from bsjax.types import Hparams
 
 _TRIAL_DEVICES = flags.DEFINE_integer("trial_devices", 1, "Devices across which our trials are spread.", lower_bound=1)
@@ -135,7 +136,7 @@ class SweepBench:
     lanes = num_lanes(plan, self.mesh)
     segment = build_segment(self.workload, self.config, lanes, self.mesh, plan.in_turn)
     train = device_arrays(self.workload.train.arrays, self.mesh)
-    validation = jax.device_put(chunked(self.workload.validation.arrays), everywhere(self.mesh))
+    validation = jax.device_put(chunked(self.workload.validation.arrays), spread_chunks(self.mesh))
     states, hparams, seeds = idle_lanes(self.workload, self.config, lanes, self.mesh)
     seeds = jax.device_put(jnp.arange(lanes, dtype=jnp.uint32) * self.sweep.num_seeds // lanes, seeds.sharding)
     num_rows = min(rows_per_segment(self.config), self.sweep.num_steps // self.config.eval_every)

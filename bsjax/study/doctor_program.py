@@ -11,7 +11,8 @@ from bsjax.data import Source
 from bsjax.probes.leaves import leaf_names
 from bsjax.study.diagnosis import Case, Diagnosis, listed
 from bsjax.train import TrainState, TrialConfig, build_segment, chunked, device_arrays, init_state, make_mesh, make_step
-from bsjax.train.segment import everywhere, lane_sharding
+from bsjax.train.evaluate import spread_chunks
+from bsjax.train.segment import lane_sharding
 from bsjax.types import Hparams
 from bsjax.workloads import Workload
 
@@ -27,7 +28,7 @@ def check_compilations(case: Case) -> Diagnosis:
   config, mesh = TrialConfig(case.workload.name, size, 1, 1, optimizer=OPTIMIZER), make_mesh(data=1)
   segment: Any = build_segment(case.workload, config, 1, mesh)
   train, validation = jax.device_get((case.batch, case.other))
-  data = device_arrays(train, mesh), jax.device_put(chunked(validation), everywhere(mesh))
+  data = device_arrays(train, mesh), jax.device_put(chunked(validation), spread_chunks(mesh))
   start = init_state(case.workload, OPTIMIZER, Hparams(0.1), jnp.uint32(0))
   states = jax.device_put(jax.tree.map(lambda leaf: leaf[None], start), lane_sharding(mesh))
   for call in range(3):

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bsjax.data import RecordSource, Source, Spec, read_ahead
 from bsjax.types import Array, Example, Metrics, ModelState, Params
 
 EVAL_CHUNK = 1024
-"""Examples evaluated at a time, at most; a matter of memory, not of results."""
+"""Examples evaluated at a time on a device, at most; a matter of memory, not of results."""
 EVAL_BYTES = 2**28
 """The largest array that an evaluation makes of its examples, unless a single example's is larger; the same on every machine."""
 
@@ -25,16 +27,25 @@ class Chunked(NamedTuple):
   weight: Array
 
 
-def chunked(arrays: Mapping[str, np.ndarray], chunk_size: int = EVAL_CHUNK) -> Chunked:
-  """Cuts host arrays `[N, ...]` into the fewest equal chunks of at most `chunk_size`, padding the last by zeros."""
+def chunked(arrays: Mapping[str, np.ndarray], chunk_size: int = EVAL_CHUNK, devices: int = 1) -> Chunked:
+  """Cuts host arrays `[N, ...]` into the fewest equal chunks of at most `chunk_size` for each device, padding the last by zeros.
+
+  Args:
+    devices: those that share a chunk, as `spread_chunks` puts it: its size is a multiple of their number.
+  """
   num_examples = len(next(iter(arrays.values())))
-  num_chunks, size = _equal_chunks(num_examples, chunk_size)
+  num_chunks, size = _equal_chunks(num_examples, chunk_size, devices)
 
   def cut(array: np.ndarray) -> Any:
     padding = np.zeros((num_chunks * size - num_examples, *array.shape[1:]), array.dtype)
     return np.concatenate([array, padding]).reshape(num_chunks, size, *array.shape[1:])
 
   return Chunked({name: cut(array) for name, array in arrays.items()}, cut(np.ones(num_examples, np.float32)))
+
+
+def spread_chunks(mesh: Mesh) -> NamedSharding:
+  """Spreads the examples of every chunk over the axis "data": each device holds and evaluates its part of a data set."""
+  return NamedSharding(mesh, P(None, "data"))
 
 
 def eval_chunk(
@@ -90,7 +101,7 @@ def evaluate_source(
   """Averages as `evaluate`, over a split that is read ahead from the host; waits for the result.
 
   The chunks are those of `chunked`, one after the other through one compiled program; two are on the device at a time, the one that is
-  computed and the next. Every process reads all of them.
+  computed and the next. Where `params` lie on a mesh with an axis "data", each chunk is spread over it and each process reads its own part.
 
   Args:
     chunk_size: None: `eval_chunk`, which traces the metrics anew in every call.
@@ -102,23 +113,41 @@ def evaluate_source(
   """
   if chunk_size is None:
     chunk_size = eval_chunk(example_metrics, params, model_state, source.spec)
-  num_chunks, size = _equal_chunks(len(source), chunk_size)
-  positions = np.arange(num_chunks * size).reshape(num_chunks, size)
+  mesh = _mesh_of(params)
+  devices = mesh.shape["data"] if mesh else 1
+  processes = jax.process_count() if devices > 1 else 1
+  num_chunks, size = _equal_chunks(len(source), chunk_size, devices)
+  positions = np.arange(num_chunks * size).reshape(num_chunks, processes, -1)[:, jax.process_index() % processes]
   last = len(source) - 1
   # beyond the end the last example again, at weight 0
-  chunks = read_ahead(source, lambda number: np.minimum(positions[number], last), count=num_chunks, size=size)
+  chunks = read_ahead(
+    source, lambda number: np.minimum(positions[number], last), count=num_chunks, size=positions.shape[1]
+  )
+
+  def put(array: np.ndarray) -> Array:
+    if mesh is None:
+      return jax.device_put(array)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), array, (size, *array.shape[1:]))
+
   sums: list[tuple[Metrics, Array]] = []
   for position, arrays in zip(positions, chunks, strict=True):
-    chunk = Chunked(*jax.device_put((arrays, (position <= last).astype(np.float32))))
+    chunk = jax.tree.map(put, Chunked(arrays, (position <= last).astype(np.float32)))
     sums.append(_jitted_chunk_sums(example_metrics, params, model_state, chunk))
     jax.block_until_ready(sums[-2:-1])
   return jax.device_get(_jitted_divide_once(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(sums))))
 
 
-def _equal_chunks(num_examples: int, chunk_size: int) -> tuple[int, int]:
-  """Finds the fewest chunks of at most `chunk_size` examples, and their equal size."""
-  num_chunks = -(-num_examples // chunk_size)
-  return num_chunks, -(-num_examples // num_chunks)
+def _mesh_of(params: Params) -> Mesh | None:
+  """Finds the mesh with an axis "data" that the parameters lie on, if they lie on one."""
+  shardings = (leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+  meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+  return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and "data" in mesh.shape), None)
+
+
+def _equal_chunks(num_examples: int, chunk_size: int, devices: int) -> tuple[int, int]:
+  """Finds the fewest chunks of at most `chunk_size` examples for each device, and their equal size."""
+  num_chunks = -(-num_examples // (chunk_size * devices))
+  return num_chunks, -(-num_examples // (num_chunks * devices)) * devices
 
 
 def _chunk_sums(

@@ -20,14 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from bsjax.records import RecordError, append_rows, create_trial, cut_rows, read_record, set_status, trial_id
 from bsjax.records.write import METRICS, PROBES
 from bsjax.train.checkpoint import restore_checkpoint, restore_final, save_checkpoint, save_final
-from bsjax.train.evaluate import chunked, eval_chunk
+from bsjax.train.evaluate import chunked, eval_chunk, spread_chunks
 from bsjax.train.path import DataPath, choose_data_path
 from bsjax.train.plan import Plan, decide_plan, num_lanes
 from bsjax.train.segment import (
   Rows,
   build_segment,
   device_arrays,
-  everywhere,
   idle_lanes,
   lane_groups,
   lane_sharding,
@@ -214,7 +213,7 @@ def _prepare(
   train = device_arrays(workload.train.arrays, mesh)
   shapes = jax.eval_shape(workload.init, jax.random.key(0))
   size = eval_chunk(workload.example_metrics, shapes.params, shapes.model_state, workload.validation.spec)
-  validation = jax.device_put(chunked(workload.validation.arrays, size), everywhere(mesh))
+  validation = jax.device_put(chunked(workload.validation.arrays, size, mesh.shape["data"]), spread_chunks(mesh))
   plan = decide_plan(plan, workload, waiting, folder, mesh, checkpoints, train, validation)
   segment = build_segment(workload, config, num_lanes(plan, mesh), mesh, plan.in_turn)
   return _Way(path, plan, segment, train, validation, most_rows=rows_per_segment(config))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bsjax.data import independent_indices, segment_indices
-from bsjax.train.evaluate import Chunked, evaluate
+from bsjax.train.evaluate import Chunked, evaluate, spread_chunks
 from bsjax.train.state import LOSS_STREAM, ORDER_STREAM, TrainState, init_state, stream
 from bsjax.train.step import NOISE_COLUMNS, StepLog, make_logged_step, row_noise
 from bsjax.train.trial import TrialConfig
@@ -114,7 +114,7 @@ def _build(
   Every array of `states`, `hparams` and `seeds` has a leading axis of `lanes` trials, which do not touch each other and may
   stand at different steps. `num_rows` (i32[], at most `rows_per_segment`) is an argument, so the same program makes the last,
   shorter segment; as i32[in_turn] it says so for each group of `lane_groups`, and a group of 0 rows costs nothing. `train` are
-  the training arrays [N, ...] on the device, `validation` a `Chunked` set.
+  the training arrays [N, ...] on the device, `validation` a `Chunked` set whose chunks the axis "data" divides.
 
   Holds: a lane's numbers depend on its own trial only, bitwise; one program per (workload, config, lanes, in_turn, mesh).
   With a "data" axis that divides the batch size each batch is spread over it; sums over the batch then cross devices and
@@ -235,7 +235,7 @@ def _build(
 
   return jax.jit(
     segment,
-    in_shardings=(lane_sharding(mesh),) * 3 + (everywhere(mesh),) * 3,
+    in_shardings=(lane_sharding(mesh),) * 3 + (everywhere(mesh),) * 2 + (spread_chunks(mesh),),
     out_shardings=lane_sharding(mesh),
     donate_argnums=0,
   )

@@ -49,12 +49,14 @@ for kind in ("mlp", "mlp_bn", "cnn"):
     seeds = jnp.arange(8, dtype=jnp.uint32)
     hparams = jax.tree.map(lambda leaf: jnp.full(8, leaf), hparams_of(0.05))
     states = jax.vmap(lambda h, s: init_state(workload, "sgd", h, s))(hparams, seeds)
-    data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+    data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays, devices=mesh.shape["data"])
     inputs = states, hparams, seeds, jnp.int32(10), *data
     segment = build_segment(workload, config, 8, mesh).lower(*inputs).compile()
     _, rows = jax.block_until_ready(segment(*inputs))
     calls = [call for call in ("all-reduce", "all-gather", "all-to-all") if f"{call}(" in segment.as_text()]
-    out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), calls]
+    held_out = {name: np.asarray(values[:, :10]).tolist() for name, values in rows.validation.items()}
+    part = jax.tree.leaves(segment.input_shardings[0])[-1].shard_shape(data[1].weight.shape)
+    out[f"{kind} {shape}"] = [np.asarray(rows.train_loss[:, :10]).tolist(), calls, held_out, part]
 
 trials = [make_trial(TrialConfig("mlp", 16, 20, 2), Hparams(0.05), seed) for seed in range(7)]
 for shape in ((1, 1), (2, 1), (2, 4)):
@@ -69,7 +71,7 @@ def noise(config, shape):
   seeds = jnp.arange(2, dtype=jnp.uint32)
   hparams = jax.tree.map(lambda leaf: jnp.full(2, leaf), hparams_of(0.05))
   states = jax.vmap(lambda h, s: init_state(workload, "sgd", h, s))(hparams, seeds)
-  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays, devices=mesh.shape["data"])
   states, rows = jax.device_get(build_segment(workload, config, 2, mesh)(states, hparams, seeds, jnp.int32(4), *data))
   bits = [leaf.tobytes().hex() for leaf in jax.tree.leaves((states, rows.train_loss))]
   return {"noise": {name: value[:, :4].tolist() for name, value in rows.noise.items()}, "bits": bits}
@@ -103,11 +105,16 @@ def on_eight_devices() -> dict:
 
 def test_the_same_losses_on_one_device_and_on_eight(on_eight_devices: dict) -> None:
   for kind in ("mlp", "mlp_bn", "cnn"):
-    one = np.asarray(on_eight_devices[f"{kind} (1, 1)"][0])
+    losses, _, metrics, whole = on_eight_devices[f"{kind} (1, 1)"]
+    one = np.asarray(losses)
     assert np.isfinite(one).all()
     for shape in ("(1, 8)", "(2, 4)", "(8, 1)", *(["(4, 2)"] if kind == "cnn" else [])):
-      losses, calls = on_eight_devices[f"{kind} {shape}"]
+      losses, calls, spread_metrics, part = on_eight_devices[f"{kind} {shape}"]
       np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{kind} {shape}")
+      for name, values in metrics.items():  # of 11 examples: not as many on every device
+        np.testing.assert_allclose(spread_metrics[name], values, rtol=1e-5, err_msg=f"{kind} {shape} {name}")
+      devices = int(shape[-2])
+      assert (whole, part) == ([1, 11], [1, -(-11 // devices)])
       # No device computes the examples of another, in the loop over blocks of a convolution's gradient either ("cnn (4, 2)": two blocks).
       assert calls == ([] if shape == "(8, 1)" else ["all-reduce"]), (
         "a spread batch needs sums, spread trials need nothing"

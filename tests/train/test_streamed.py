@@ -317,7 +317,7 @@ for name, kind, shape, options in (
   mesh, workload = make_mesh(trial=shape[0], data=shape[1]), classifier(kind)
   seeds, hparams = jnp.zeros(1, jnp.uint32), jax.tree.map(lambda leaf: leaf[None], hparams_of(0.05))
   start = lambda: jax.tree.map(lambda leaf: leaf[None], init_state(workload, "sgd", hparams_of(0.05), jnp.uint32(0)))
-  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays, devices=mesh.shape["data"])
   inputs = start(), hparams, seeds, jnp.int32(4), *data
   state, rows = jax.block_until_ready(build_segment(workload, config, 1, mesh)(*inputs))
   rows = jax.tree.map(lambda values: values[:, :4], rows)
@@ -325,6 +325,7 @@ for name, kind, shape, options in (
   found, told = streamed_segment(source, config, mesh)(start(), hparams, seeds, np.array([4]), source.train, source.validation)
   jax.block_until_ready(found)
   out[name] = {"same": bits((found, told)) == bits((state, rows)), "losses": told.train_loss.tolist(), "theirs": rows.train_loss.tolist()}
+  out[name]["held_out"] = told.validation["loss"].tolist()
 try:
   streamed_segment(classifier("mlp"), config, make_mesh(trial=2, data=4))
 except ValueError as error:
@@ -369,12 +370,13 @@ start = init_state(source, "sgd", hparams_of(0.05), jnp.uint32(0)), hparams_of(0
 state, hparams = jax.tree.map(lambda leaf: np.asarray(leaf)[None], start)
 segment = streamed_segment(source, config, mesh)
 _, rows = segment(state, hparams, np.zeros(1, np.uint32), np.array([4]), source.train, source.validation)
-told = {"losses": np.asarray(rows.train_loss).tolist(), "read": source.train.records.most}
+told = {"losses": np.asarray(rows.train_loss).tolist(), "held_out": np.asarray(rows.validation["loss"]).tolist()}
+told |= {"read": source.train.records.most, "evaluated": source.validation.records.most}
 print(json.dumps(told | {"path": choose_data_path(source, mesh)}))
 """
 
 
-def test_two_processes_read_half_of_each_batch_and_train_alike(on_eight_devices: dict) -> None:
+def test_two_processes_read_half_of_each_batch_and_of_what_is_evaluated(on_eight_devices: dict) -> None:
   """Real ones, of one device each, against one process with both: the same bits."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -386,5 +388,6 @@ def test_two_processes_read_half_of_each_batch_and_train_alike(on_eight_devices:
   for process in running:
     out, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
-    expected = {"losses": on_eight_devices["on two"]["losses"], "read": 8, "path": "resident"}
-    assert json.loads(out.splitlines()[-1]) == expected
+    alike = {name: on_eight_devices["on two"][name] for name in ("losses", "held_out")}
+    # 11 examples of the validation split in one chunk, padded to 12
+    assert json.loads(out.splitlines()[-1]) == alike | {"read": 8, "evaluated": 6, "path": "resident"}
