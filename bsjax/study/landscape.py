@@ -11,7 +11,7 @@ import numpy as np
 
 from bsjax.probes.landscape import TrajectoryPlane, landscape
 from bsjax.records import RecordError, append_rows, write_atomically
-from bsjax.train import chunked, evaluate
+from bsjax.train import chunked, eval_chunk, evaluate
 from bsjax.types import Array, Batch, Metrics, ModelState, Params, Variables
 from bsjax.workloads import Workload
 
@@ -54,7 +54,9 @@ def split_metrics_fn(
     source.first(len(source) if num_examples is None else num_examples).arrays
     for source in (workload.train, workload.test)
   )
-  splits = {"train": chunked(train), "test": chunked(test)}
+  shapes = jax.eval_shape(workload.init, jax.random.key(0))
+  size = eval_chunk(workload.example_metrics, shapes.params, shapes.model_state, workload.train.spec)
+  splits = {"train": chunked(train, size), "test": chunked(test, size)}
   data = jax.device_put((splits, _whole_batches(train)))
 
   def metrics_fn(variables: Variables, splits: dict[str, Any], batches: Batch) -> Metrics:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from bsjax.study.landscape import (
   reestimated_state,
   split_metrics_fn,
 )
+from bsjax.train import evaluate
 from bsjax.types import Variables
 from bsjax.workloads.classification import classification
 from bsjax.workloads.workload import Preset, Target
@@ -226,3 +228,10 @@ def test_num_examples_cuts_both_sets(networks):
   assert splits["train"].weight.sum() == 30
   assert splits["test"].weight.sum() == 30
   assert batches["label"].shape == (1, 30)
+
+
+def test_chunks_hold_what_an_evaluation_may(networks, monkeypatch):
+  """An example's largest array is its image as float32, 4 x 8 x 8 bytes: room for 40 cuts 100 examples into three chunks."""
+  monkeypatch.setattr(sys.modules[evaluate.__module__], "EVAL_BYTES", 40 * 4 * 8 * 8)
+  _, (splits, _) = split_metrics_fn(networks[0])
+  assert splits["train"].weight.shape == splits["test"].weight.shape == (3, 34)
