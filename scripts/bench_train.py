@@ -215,7 +215,7 @@ class Bench:
     """Our training: gather, steps and order of examples in one compiled call."""
     program = build_segment(self.workload, self.config, 1, self.mesh)
     train = device_arrays(self.workload.train.arrays, self.mesh)
-    validation = jax.device_put(chunked(self.workload.validation.arrays))
+    validation = jax.device_put(chunked(self.workload.validation.arrays, devices=_NUM_CORES))
     hparams, seeds = jax.tree.map(lambda value: jnp.asarray(value)[None], (HPARAMS, SEED))
     states = jax.tree.map(lambda array: array[None], self.start())
     # As they come back from the segment: other shardings would compile a second program at the second call.
