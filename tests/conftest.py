@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
   "--xla_cpu_parallel_codegen_split_count=1",
 )
 os.environ.setdefault("NPROC", "16")  # before jax: fake devices of a child process dead-lock on two cores without it

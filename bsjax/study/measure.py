@@ -23,7 +23,7 @@ from bsjax.probes import (
   noise_of,
 )
 from bsjax.study.measure_noise import NOISE_CHUNK, check_example_loss
-from bsjax.train import PROBE_STREAM, TrainState, Trial, evaluate_source, examples_that_fit, stream
+from bsjax.train import PROBE_STREAM, TrainState, Trial, eval_chunk, evaluate_source, examples_that_fit, stream
 from bsjax.types import Array, Batch, Key, ModelState, Params
 from bsjax.workloads import Workload
 
@@ -47,11 +47,16 @@ def metrics_of(
 
   They are read ahead from the host, chunk by chunk: none needs to fit the device, or memory.
   """
+  shapes = jax.eval_shape(workload.init, jax.random.key(0))
+  sizes = {
+    split: eval_chunk(workload.example_metrics, shapes.params, shapes.model_state, source.spec)
+    for split, source in splits.items()
+  }
 
   def measure(state: TrainState) -> dict[str, Any]:
     row: dict[str, Any] = {"probe": probe, "step": int(state.step)}
     for split, source in splits.items():
-      metrics = evaluate_source(workload.example_metrics, state.params, state.model_state, source)
+      metrics = evaluate_source(workload.example_metrics, state.params, state.model_state, source, sizes[split])
       row |= {f"{split}_{name}": value for name, value in metrics.items()}
     return row
 

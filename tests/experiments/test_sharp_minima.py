@@ -24,13 +24,14 @@ FURTHER = [
   "landscape_random_lines",
   "landscape_trajectory",
 ]
+SMOKE = {"smoke": True, "num_steps": 12}
 SMALL = {"batch_sizes": (16, 64), "num_epochs": 1, "num_steps": 8, "seeds": 2, "train_loss": 1.0}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
   folder = tmp_path_factory.mktemp("sharp") / "out"
-  assert sharp_minima.run("quadratic", folder, smoke=True) == folder / "report.html"
+  assert sharp_minima.run("quadratic", folder, **SMOKE) == folder / "report.html"
   return folder
 
 
@@ -131,7 +132,7 @@ def test_a_second_run_computes_nothing(out: Path, monkeypatch: pytest.MonkeyPatc
   monkeypatch.setattr(bsjax.study.sharp_landscapes, "_retrace", never)
   monkeypatch.setattr(bsjax.study.landscape, "_landscape", never)
   before = (out / "claims.json").read_bytes()
-  sharp_minima.run("quadratic", out, smoke=True)
+  sharp_minima.run("quadratic", out, **SMOKE)
   assert (out / "claims.json").read_bytes() == before
 
 

@@ -23,6 +23,7 @@ from bsjax.train import (
   make_trial,
   run_trials,
 )
+from bsjax.train.evaluate import spread_chunks
 from bsjax.train.plan import (
   CROWD,
   CROWD_PLAN,
@@ -40,7 +41,7 @@ from bsjax.train.plan import (
   remembered_plan,
   step_flops,
 )
-from bsjax.train.segment import _build, everywhere, program_config
+from bsjax.train.segment import _build, program_config
 from bsjax.types import Hparams
 from bsjax.workloads import Workload
 
@@ -126,7 +127,7 @@ def test_one_compilation_for_64_trials(tmp_path: Path, number: int, name: str) -
 
 def test_timing_a_plan_compiles_what_its_pool_uses(tmp_path: Path) -> None:
   config, plan = dataclasses.replace(QUADRATIC, batch_size=11, num_steps=8), Plan(2, 2)
-  validation = jax.device_put(chunked(quadratic().validation.arrays), everywhere(MESH))
+  validation = jax.device_put(chunked(quadratic().validation.arrays), spread_chunks(MESH))
   data = device_arrays(quadratic().train.arrays, MESH), validation
   seconds = measure_plan(quadratic(), config, plan, MESH, [0, 1], *data)
   # A step of 16 numbers takes about 5 microseconds; a compilation of a second, over 1024 trial-steps, would be ten times the bound.
