@@ -29,7 +29,15 @@ def epoch_permutation(key: Key, epoch: int | Array, num_examples: int) -> Array:
   return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(num_examples, dtype=jnp.int32))
 
 
-def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_size: int, num_examples: int) -> Array:
+def segment_indices(
+  key: Key,
+  first_step: int | Array,
+  *,
+  num_steps: int,
+  batch_size: int,
+  num_examples: int,
+  num_read: int | Array | None = None,
+) -> Array:
   """Return which examples the steps `first_step .. first_step + num_steps - 1` read.
 
   With N = `num_examples`, B = `batch_size` and position `p = t B + j`, entry (t - first_step, j) is
@@ -42,6 +50,8 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
     num_steps: K, static.
     batch_size: B, static, at most N.
     num_examples: N, static.
+    num_read: i32[], how many of the steps, the first, will be read: what else a permutation would be drawn for stays 0. May be traced;
+      None: all.
 
   Returns:
     i32[K, B].
@@ -51,8 +61,7 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
 
   Holds: every example is read exactly once per epoch, a batch may span two epochs, nothing is dropped; the result does not
   depend on how the steps are cut into segments. Cost: a permutation for each epoch that is read,
-  at most ceil(K B / N) + 1. Steps
-  are 32-bit: `first_step + num_steps` must stay below 2**31; `first_step * B` may be larger than that.
+  at most ceil(K B / N) + 1. Steps are 32-bit: `first_step + num_steps` must stay below 2**31; `first_step * B` may be larger than that.
   """
   check_sizes(num_steps, batch_size, num_examples)
   length = num_steps * batch_size
@@ -62,7 +71,8 @@ def segment_indices(key: Key, first_step: int | Array, *, num_steps: int, batch_
     raise ValueError(f"{num_steps=} of {batch_size=} are more than 32-bit positions allow; cut the segment in pieces.")
 
   first_epoch, offset = _divmod_product(first_step, batch_size, num_examples)
-  needed = (offset + length + num_examples - 1) // num_examples  # often one epoch less than fits
+  wanted = length if num_read is None else num_read * batch_size
+  needed = (offset + wanted + num_examples - 1) // num_examples  # often one epoch less than fits
 
   def draw(epoch: Array, stream: Array) -> Array:
     return stream.at[epoch].set(epoch_permutation(key, first_epoch + epoch, num_examples))

@@ -120,7 +120,8 @@ def _build(
   With a "data" axis that divides the batch size each batch is spread over it; sums over the batch then cross devices and
   losses agree with one device to rounding. In a group of one nothing is vmapped. Norms of gradients cost nothing in steps that do
   not log them, except under vmap, where every step computes them. The order of examples is drawn once for neighbouring lanes
-  of one seed and step, and not for lanes that make no rows: it costs as much as the steps of the smallest networks.
+  of one seed and step, for no more epochs than the call reads, and not for lanes that make no rows: it costs as much as the steps of the
+  smallest networks.
 
   Raises:
     ValueError: `in_turn` does not divide the lanes of a device.
@@ -139,8 +140,11 @@ def _build(
     batch = jax.tree.map(lambda array: array[index], train)
     return jax.lax.with_sharding_constraint(batch, data_sharding) if spread else batch
 
-  def draw_order(seed: Array, first_step: Array, num_examples: int) -> Array:
-    draw_indices = independent_indices if config.with_replacement else segment_indices
+  def draw_order(seed: Array, first_step: Array, num_rows: Array, num_examples: int) -> Array:
+    if config.with_replacement:
+      draw_indices = independent_indices
+    else:
+      draw_indices = functools.partial(segment_indices, num_read=num_rows * inner)
     return draw_indices(
       stream(seed, ORDER_STREAM),
       first_step,
@@ -152,22 +156,25 @@ def _build(
   def draw_orders(seeds: Array, first_steps: Array, num_rows: Array, num_examples: int) -> Array:
     draw = functools.partial(draw_order, num_examples=num_examples)
     if lanes == 1:
-      return draw(seeds[0], first_steps[0])[None]
+      return draw(seeds[0], first_steps[0], num_rows[0])[None]
 
-    def after(previous: tuple[Array, Array, Array], lane: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-      seed, first_step, idle = lane
-      drawn = idle | ((seed == previous[0]) & (first_step == previous[1]))
-      drawn_last = jax.lax.cond(drawn, lambda: previous, lambda: (seed, first_step, draw(seed, first_step)))
-      return drawn_last, drawn_last[2]
+    def after(previous: tuple[Any, Array], lane: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+      (last_seed, last_step, last_rows), _ = previous
+      seed, first_step, rows = lane
+      # with 0 rows nobody reads its order
+      drawn = (rows == 0) | ((seed == last_seed) & (first_step == last_step) & (rows <= last_rows))
+      drawn_last = jax.lax.cond(drawn, lambda: previous, lambda: (lane, draw(*lane)))
+      return drawn_last, drawn_last[1]
 
-    def draw_in_turn(seeds: Array, first_steps: Array, stands_still: Array) -> Array:
-      nobody = seeds[0], jnp.int32(-1), jnp.zeros((rows_max, inner, config.batch_size), jnp.int32)
-      return jax.lax.scan(after, nobody, (seeds, first_steps, stands_still))[1]
+    def draw_in_turn(seeds: Array, first_steps: Array, num_rows: Array) -> Array:
+      nobody = seeds[0], jnp.int32(-1), num_rows[0]
+      blank = jnp.zeros((rows_max, inner, config.batch_size), jnp.int32)
+      return jax.lax.scan(after, (nobody, blank), (seeds, first_steps, num_rows))[1]
 
-    stands_still = num_rows[lane_groups(lanes, in_turn, mesh)] == 0  # nobody reads its order
+    rows_of_lanes = num_rows[lane_groups(lanes, in_turn, mesh)]
     # each device draws those of its own lanes, and asks no other how many epochs that takes
     on_each_device = jax.shard_map(draw_in_turn, mesh=mesh, in_specs=P("trial"), out_specs=P("trial"), check_vma=False)
-    return on_each_device(seeds, first_steps, stands_still)
+    return on_each_device(seeds, first_steps, rows_of_lanes)
 
   def lane_segment(
     state: TrainState,

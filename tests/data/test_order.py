@@ -45,6 +45,15 @@ def test_does_not_depend_on_how_steps_are_cut(num_examples, batch_size):
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
 
 
+def test_draws_no_epoch_that_is_not_read():
+  """Of 12 examples in batches of 8 from step 1 on: five steps are read, positions 8 to 47, which end with the fourth epoch."""
+  draw = functools.partial(segment_indices, KEY, 1, num_steps=11, batch_size=8, num_examples=12)
+  whole, part = np.asarray(draw()).reshape(-1), np.asarray(draw(num_read=5)).reshape(-1)
+  np.testing.assert_array_equal(part[:40], whole[:40])
+  assert not part[40:].any()
+  assert whole[40:].any()
+
+
 def test_reads_each_example_once_per_epoch_and_reshuffles():
   num_examples, batch_size = 10, 4  # 15 steps are 6 epochs, and batches span them
   indices = segment_indices(KEY, 0, num_steps=15, batch_size=batch_size, num_examples=num_examples)

@@ -230,6 +230,20 @@ def test_groups_in_turn_are_lanes_and_an_idle_one_stands_still(busy: int) -> Non
     assert np.asarray(a)[idle].tobytes() == b[idle].tobytes()
 
 
+@pytest.mark.parametrize("counts", [(1, 8), (8, 1)])
+def test_groups_of_one_seed_read_as_much_as_each_needs(counts: tuple[int, int]) -> None:
+  """Two groups of one trial at one step of one seed: 24 steps of 4 read three epochs of 37 examples, the shorter group a part of one."""
+  workload, config = classifier("mlp"), TrialConfig("mlp", 4, 24, 3)
+  hparams = jax.tree.map(lambda leaf: jnp.full(2, leaf), hparams_of(0.05))
+  start = jax.vmap(lambda h, s: init_state(workload, config.optimizer, h, s))(hparams, jnp.uint32([1, 1]))
+  mesh = make_mesh(data=1)
+  data = device_arrays(workload.train.arrays, mesh), chunked(workload.validation.arrays)
+  _, rows = build_segment(workload, config, 2, mesh, 2)(start, hparams, jnp.uint32([1, 1]), jnp.int32(counts), *data)
+  for lane, count in enumerate(counts):
+    _, alone = run_segment(workload, config, [0.05], num_rows=count, seeds=[1])
+    np.testing.assert_array_equal(rows.train_loss[lane, :count], alone.train_loss[0, :count])
+
+
 def test_lanes_that_do_not_make_the_groups_are_refused() -> None:
   with pytest.raises(ValueError, match="6 lanes on 1 devices do not make 4 groups: use a multiple of 4 lanes"):
     build_segment(quadratic(), TrialConfig("quadratic", 8, 4, 4), 6, make_mesh(data=1), 4)
