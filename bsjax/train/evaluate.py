@@ -131,7 +131,8 @@ def evaluate_source(
 
   sums: list[tuple[Metrics, Array]] = []
   for position, arrays in zip(positions, chunks, strict=True):
-    chunk = jax.tree.map(put, Chunked(arrays, (position <= last).astype(np.float32)))
+    weight = (position <= last).astype(np.float32)
+    chunk = Chunked({name: put(array) for name, array in arrays.items()}, put(weight))
     sums.append(_jitted_chunk_sums(example_metrics, params, model_state, chunk))
     jax.block_until_ready(sums[-2:-1])
   return jax.device_get(_jitted_divide_once(jax.tree.map(lambda *values: np.stack(values), *jax.device_get(sums))))
