@@ -54,9 +54,13 @@ Padding = Literal["SAME", "VALID"] | int
 """`"SAME"` pads with zeros to an output of `ceil(H / stride)`, `"VALID"` does not pad, a number pads every edge by so many."""
 
 
-FILTER_GRADIENT_BLOCK = 4
-"""Examples whose filter gradient the CPU computes at once. Its kernel does not block the sum over examples and positions, but reads all of
-`dy` for every few rows of its result: 128 examples in fours were 1.5 and 2.6 times faster than at once (`docs/bench_train.md`)."""
+FILTER_GRADIENT_COLUMNS = 32
+"""Columns of `dy`, of several examples if need be, that the CPU sums at once for a filter gradient. Its kernel does not block the sum over
+examples and positions, but reads all of one operand for every few rows of the other: in such blocks 128 examples of 16x16 and
+32x32 positions were 1.3 times faster than at once (`docs/bench_train.md`)."""
+
+SLOW_CHANNELS = 16
+"""The CPU's fast kernel does not take a convolution with so many channels, or fewer, in its input and in its output."""
 
 
 def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:
@@ -192,6 +196,30 @@ def _plain_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
   return jax.linear_transpose(lambda w: _convolution_of(geometry, x, w), w)(dy)[0]
 
 
+def _canonical_convolution_of(geometry: Geometry, x: Array, w: Array) -> Array:
+  """Convolves; where there are few channels, and most of them in the output, with m neighbouring columns as the channels of one.
+
+  The m columns of an output see m - 1 + k columns of the input, k the width of the kernel: some blocks of m columns. Entry b of the kernel
+  of the block's column p stands at p + b of these blocks, the rest is zero: for m = 2 and k = 3 a third more is multiplied. With as many
+  channels in the input as in the output, the copy of the input would cost what the faster kernel saves.
+  """
+  (kernel_height, kernel_width, inputs, outputs), (examples, height, width, _) = w.shape, x.shape
+  (rows, (low, _)), output_width = geometry.padding, geometry.output_size[1]
+  columns = SLOW_CHANNELS // outputs + 1
+  if columns == 1 or columns * inputs > outputs or columns > output_width or geometry.stride > 1:
+    return _convolution_of(geometry, x, w)
+
+  seen, steps = (-(-length // columns) for length in (columns - 1 + kernel_width, output_width))
+  num_blocks = steps + seen - 1
+  edges = (low, num_blocks * columns - width - low, 0)  # below zero where blocks end before the padding does
+  blocks = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), edges, (0, 0, 0)))
+  places = [jnp.pad(w, ((0, 0), (p, seen * columns - p - kernel_width), (0, 0), (0, 0))) for p in range(columns)]
+  kernel = jnp.stack(places, axis=3).reshape(kernel_height, seen, columns * inputs, columns * outputs)
+  blocks = blocks.reshape(examples, height, num_blocks, columns * inputs)
+  y = _convolve(blocks, kernel, window_strides=(1, 1), padding=(rows, (0, 0)))
+  return y.reshape(examples, -1, steps * columns, outputs)[:, :, :output_width]
+
+
 def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Array:
   """Computes the rows of each remainder r modulo the stride s, and the columns, by a convolution with what of the kernel reaches them.
 
@@ -218,27 +246,28 @@ def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Arr
 
 
 def _canonical_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
-  """Sums the filter gradients of `FILTER_GRADIENT_BLOCK` examples at a time, in float32 at least."""
-  if x.shape[0] <= FILTER_GRADIENT_BLOCK:
+  """Sums the filter gradients of blocks of examples, in float32 at least."""
+  block = -(-FILTER_GRADIENT_COLUMNS // geometry.output_size[1])
+  if len(x) <= block:
     return _filter_gradient_of_block(geometry, x, dy)
 
-  def blocks(operand: Array) -> Array:
-    padding = ((0, -len(operand) % FILTER_GRADIENT_BLOCK), (0, 0), (0, 0), (0, 0))
-    return jnp.pad(operand, padding).reshape(-1, FILTER_GRADIENT_BLOCK, *operand.shape[1:])
+  rest = ((0, -len(x) % block), (0, 0), (0, 0), (0, 0))
+  x, dy = jnp.pad(x, rest), jnp.pad(dy, rest)
 
-  def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-    return total + _filter_gradient_of_block(geometry, *block), None
+  def add(number: Array, total: Array) -> Array:
+    of_block = (lax.dynamic_slice_in_dim(operand, number * block, block) for operand in (x, dy))
+    return total + _filter_gradient_of_block(geometry, *of_block)
 
   shape = (*geometry.kernel_size, x.shape[3], dy.shape[3])
   zeros = jnp.zeros_like(x, shape=shape, dtype=jnp.promote_types(x.dtype, jnp.float32))
-  return lax.scan(add, zeros, (blocks(x), blocks(dy)))[0].astype(x.dtype)
+  return lax.fori_loop(0, len(x) // block, add, zeros).astype(x.dtype)
 
 
 def _filter_gradient_of_block(geometry: Geometry, x: Array, dy: Array) -> Array:
-  """Convolves the rows of `x` with those of `dy` as a kernel spread out by the stride, entry by entry of the columns and examples.
+  """Convolves the rows of `x` with those of `dy`: what is summed in each row, its columns of each example, are the channels.
 
-  Rows and (column of the kernel, input channel) are what the convolution calls height and width; what is summed in each row, the
-  columns of `dy` of each example, it calls input channels.
+  Of the two, the one with more entries per position is the kernel, whose entries are the channels of the result: `dy`, its rows spread out
+  by the stride, or the columns of `x` that meet each column of `dy`. The others are what the convolution calls columns.
   """
   (height, width), (rows, columns), stride = geometry.kernel_size, geometry.output_size, geometry.stride
   seen = ((rows - 1) * stride + height, (columns - 1) * stride + width)  # a stride can leave the last ones unseen
@@ -246,12 +275,19 @@ def _filter_gradient_of_block(geometry: Geometry, x: Array, dy: Array) -> Array:
     (low, max(0, size - whole - low))
     for size, whole, (low, _) in zip(seen, x.shape[1:3], geometry.padding, strict=True)
   ]
-  padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))[:, : seen[0], : seen[1]].transpose(1, 3, 2, 0)
-  shifted = [padded[:, :, b : b + (columns - 1) * stride + 1 : stride] for b in range(width)]
-  images = jnp.stack(shifted, axis=1).reshape(1, seen[0], width * x.shape[3], -1)
-  kernel = dy.transpose(1, 2, 0, 3).reshape(rows, 1, -1, dy.shape[3])
+  padded = jnp.pad(x, ((0, 0), *edges, (0, 0)))[:, : seen[0], : seen[1]]
+  met = jnp.concatenate([padded[:, :, b : b + (columns - 1) * stride + 1 : stride] for b in range(width)], axis=3)
+  inputs, outputs = x.shape[3], dy.shape[3]
+  if stride == 1 and width * inputs >= outputs:
+    kernel = met.transpose(1, 2, 0, 3).reshape(seen[0], 1, -1, width * inputs)
+    images = dy.transpose(1, 3, 2, 0).reshape(1, rows, outputs, -1)
+    padding = ((height - 1, height - 1), (0, 0))
+    gradient = _convolve(images, kernel, window_strides=(1, 1), padding=padding)[0, ::-1]
+    return gradient.reshape(height, outputs, width, inputs).transpose(0, 2, 3, 1)
+  images = met.transpose(1, 3, 2, 0).reshape(1, seen[0], width * inputs, -1)
+  kernel = dy.transpose(1, 2, 0, 3).reshape(rows, 1, -1, outputs)
   gradient = _convolve(images, kernel, window_strides=(1, 1), padding="VALID", rhs_dilation=(stride, 1))
-  return gradient.reshape(height, width, x.shape[3], dy.shape[3])
+  return gradient.reshape(height, width, inputs, outputs)
 
 
 # The primitives. Operands have a leading axis of lanes.
@@ -362,7 +398,7 @@ def _fold(x: Array, mapped_axis: int, axis: int) -> Array:
 convolution_p = _make_primitive(
   "loop_safe_convolution",
   _convolution_of,
-  _convolution_of,
+  _canonical_convolution_of,
   lambda geometry, x, w: (x[0], *geometry.output_size, w[3]),
   (1, 1),
   (4, 4),

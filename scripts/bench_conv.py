@@ -67,7 +67,7 @@ def scanned_steps(convolve: Callable[[Array, Array], Array]) -> Steps:
 
 def at_once(weights: Array, batches: Array) -> Steps:
   """Compiles our steps with blocks as large as the batch."""
-  with mock.patch.object(bsjax.conv, "FILTER_GRADIENT_BLOCK", batches.shape[1]):
+  with mock.patch.object(bsjax.conv, "FILTER_GRADIENT_COLUMNS", batches.shape[1] * batches.shape[2]):
     return scanned_steps(conv).lower(weights, batches).compile()
 
 

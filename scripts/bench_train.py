@@ -28,7 +28,6 @@ _NUM_CORES = next((int(word.partition("=")[2]) for word in sys.argv if word.star
 if _ALL_CORES:
   os.sched_setaffinity(0, set(sorted(_ALL_CORES)[-_NUM_CORES:]))  # before JAX starts as many threads as there are cores
 if _NUM_CORES > 1:
-  os.environ["NPROC"] = str(2 * _NUM_CORES)  # fewer threads than that may all wait for each other
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_NUM_CORES}"
 
 import dataclasses

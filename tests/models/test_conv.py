@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bsjax.conv import FILTER_GRADIENT_BLOCK
+from bsjax.conv import FILTER_GRADIENT_COLUMNS
 from bsjax.models import conv, max_pool, transposed_conv
 
 # Float64 sums of at most about 1,000 terms of order one, summed in another order: 1000 x 2.2e-16, with room for a factor 5.
@@ -21,9 +21,9 @@ def plain_conv(x, w, *, stride=1, padding="SAME"):
   return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=numbers)
 
 
-def operands(size=(7, 6), kernel=(3, 3), dtype=jnp.float32, examples=3):
+def operands(size=(7, 6), kernel=(3, 3), dtype=jnp.float32, examples=3, channels=(2, 4)):
   generator = np.random.default_rng(0)
-  x, w = generator.normal(size=(examples, *size, 2)), generator.normal(size=(*kernel, 2, 4))
+  x, w = generator.normal(size=(examples, *size, channels[0])), generator.normal(size=(*kernel, *channels))
   return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
 
 
@@ -49,16 +49,16 @@ def test_value_is_the_defining_sum():
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_value_and_both_gradients_equal_the_plain_convolution(stride, padding):
-  """Three examples are less than a block of the filter gradient, nine are two and one over."""
-  geometries = list(itertools.product([(7, 6), (8, 5)], [(1, 1), (3, 3), (5, 5), (2, 3)], [3, 9]))
-  assert (9 // FILTER_GRADIENT_BLOCK, 9 % FILTER_GRADIENT_BLOCK) == (2, 1)
+  """Three examples are less than a block of the filter gradient, 25 are several and some over; of 1 channel to 8 the columns are paired."""
+  kernels = [(1, 1), (3, 3), (5, 5), (2, 3)]
+  geometries = list(itertools.product([(7, 6), (8, 5)], kernels, [3, 25], [(2, 4), (1, 8)]))
 
   def value_and_pullback(convolution, x, w):
     y, pullback = jax.vjp(lambda x, w: convolution(x, w, stride=stride, padding=padding), x, w)
     return y, pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype).reshape(y.shape)))
 
   with jax.enable_x64(True):
-    pairs = [operands(size, kernel, jnp.float64, examples) for size, kernel, examples in geometries]
+    pairs = [operands(size, kernel, jnp.float64, *rest) for size, kernel, *rest in geometries]
 
     @jax.jit
     def of_all(pairs):
@@ -164,15 +164,16 @@ def test_bfloat16_in_bfloat16_out():
 
 
 def test_a_filter_gradient_in_bfloat16_is_summed_in_float32():
-  """A sum of 512 blocks of 16 in bfloat16 would stand still at 256 x 16, where one more block is half a unit of the last place."""
-  x, w = jnp.ones((4 * 512, 2, 2, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
-  assert FILTER_GRADIENT_BLOCK == 4
-  assert float(jax.grad(lambda w: jnp.sum(conv(x, w)))(w).squeeze()) == 512 * 16
+  """A sum of 512 blocks of 64 in bfloat16 would stand still at 256 x 64, where one more block is half a unit of the last place."""
+  x, w = jnp.ones((4 * 512, 2, 8, 1), jnp.bfloat16), jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+  assert FILTER_GRADIENT_COLUMNS == 4 * 8
+  assert float(jax.grad(lambda w: jnp.sum(conv(x, w)))(w).squeeze()) == 512 * 64
 
 
 def test_a_filter_gradient_on_the_cpu_loops_over_blocks():
-  for examples, loops in ((FILTER_GRADIENT_BLOCK, 0), (FILTER_GRADIENT_BLOCK + 1, 1)):
-    x, w = operands(examples=examples)
+  block = FILTER_GRADIENT_COLUMNS // 8
+  for examples, loops in ((block, 0), (block + 1, 1)):
+    x, w = operands((7, 8), examples=examples)
     text = jax.jit(jax.grad(lambda w, x=x: jnp.sum(conv(x, w)))).lower(w).as_text()
     assert text.count("stablehlo.while") == loops
 
@@ -180,7 +181,7 @@ def test_a_filter_gradient_on_the_cpu_loops_over_blocks():
 def test_blocks_vary_over_the_axes_of_a_shard_map():
   """There the loop's sum has to be typed like its terms, on a mesh of one device too."""
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  x, w = operands(examples=2 * FILTER_GRADIENT_BLOCK)
+  x, w = operands((7, 8), examples=FILTER_GRADIENT_COLUMNS // 4)
 
   def grad(w, x):
     return jax.grad(lambda w: jnp.sum(jnp.sin(conv(x, w))))(w)
@@ -188,7 +189,7 @@ def test_blocks_vary_over_the_axes_of_a_shard_map():
   data = jax.sharding.PartitionSpec("data")
   whole = jax.sharding.PartitionSpec()
   spread = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(whole, data), out_specs=whole))
-  np.testing.assert_allclose(spread(w, x), grad(w, x), rtol=1e-5, atol=1e-4)  # float32 sums of 336 terms of order one
+  np.testing.assert_allclose(spread(w, x), grad(w, x), rtol=1e-5, atol=1e-4)  # float32 sums of 448 terms of order one
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2)])
@@ -216,6 +217,22 @@ def test_transposed_convolution_is_the_transpose_of_a_convolution_of_stride_2(si
     actual, expected = of_both(x, w, dx, dw)
     assert actual[0].shape == (3, 2 * size[0], 2 * size[1], 4)
     assert_close(actual, expected, tolerance=10 * TOLERANCE)  # two derivatives, and entries up to about 10
+
+
+@pytest.mark.parametrize(
+  ("channels", "stride", "width", "together"),
+  [((1, 16), 1, 28, 2), ((1, 6), 1, 28, 3), ((3, 16), 1, 31, 2), ((6, 16), 1, 2, 2)]
+  + [((3, 16), 2, 28, 1), ((3, 17), 1, 28, 1), ((9, 16), 1, 28, 1), ((16, 16), 1, 28, 1), ((1, 6), 1, 2, 1)],
+)
+def test_few_channels_are_convolved_with_columns_as_channels(channels, stride, width, together):
+  """Where that pays: see `_canonical_convolution_of`. In value too, for widths that columns do not divide."""
+  x, w = operands((5, width), (3, 3), examples=2, channels=channels)
+  convolved = jax.jit(lambda x, w: conv(x, w, stride=stride))
+  text = convolved.trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+  (kernel,) = re.findall(r"stablehlo.convolution.*, tensor<(\w+)xf32>\) ->", text)
+  assert [int(size) for size in kernel.split("x")][2:] == [together * size for size in channels]
+  # Float32 sums of 54 terms of order one.
+  np.testing.assert_allclose(convolved(x, w), plain_conv(x, w, stride=stride), rtol=1e-5, atol=1e-5)
 
 
 CANONICAL = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"

@@ -1,4 +1,4 @@
-"""Batch norm in its modes against the definition in float64, and against flax's layer bit for bit."""
+"""Batch norm in its modes against the definition in float64, and against flax's layer in value and in every derivative."""
 
 import functools
 
@@ -78,34 +78,71 @@ def test_no_norm_is_the_identity_without_parameters():
   assert BatchNorm("none").apply({}, x, True) is x
 
 
-@pytest.mark.parametrize("shape", [(8, 3), (8, 2, 4, 3)], ids=str)
-@pytest.mark.parametrize("train", [True, False])
-def test_values_and_gradients_are_those_of_flax_bit_for_bit(shape, train):
-  """Results recorded with flax's layer stay reproducible: five steps in a scan, then everything compared for equality."""
-  x = jnp.asarray(activations(shape), jnp.float32)
-  options = {"momentum": 0.9, "epsilon": 1e-5, "use_fast_variance": False}
-  layers = (
+OPTIONS = {"momentum": 0.9, "epsilon": 1e-5, "use_fast_variance": False}
+
+
+def both_layers(train):
+  """Ours and flax's, as functions of the variables and the examples."""
+  return (
     lambda variables, x: BatchNorm("running").apply(variables, x, train, mutable=["batch_stats"]),
-    lambda variables, x: nn.BatchNorm(not train, **options).apply(variables, x, mutable=["batch_stats"]),
+    lambda variables, x: nn.BatchNorm(not train, **OPTIONS).apply(variables, x, mutable=["batch_stats"]),
   )
 
-  def trained(apply, variables, x):
-    def loss(inputs, state):
-      y, updated = apply({"params": inputs[0], "batch_stats": state}, jnp.sin(inputs[1]))
-      return jnp.mean(jnp.cos(y) * x), updated["batch_stats"]
 
-    def step(carry, _):
-      inputs, state = carry
-      (value, state), grads = jax.value_and_grad(loss, has_aux=True)(inputs, state)
-      return (jax.tree.map(lambda a, g: a - 0.1 * g, inputs, grads), state), value
-
-    return jax.lax.scan(step, ((variables["params"], x), variables["batch_stats"]), length=5)
-
+@pytest.mark.parametrize("shape", [(8, 3), (8, 2, 4, 3)], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_values_are_those_of_flax_bit_for_bit(shape, train):
+  x = jnp.asarray(activations(shape), jnp.float32)
   variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), VARIABLES)
-  ours, theirs = (jax.jit(functools.partial(trained, apply))(variables, x) for apply in layers)
+  ours, theirs = (jax.jit(apply)(variables, x) for apply in both_layers(train))
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_derivatives_of_three_orders_are_those_of_flax(train):
+  """Of a curved loss, by the examples, scale and bias, in the ways the trainer and the probes use; the running averages' as well."""
+
+  def derivatives(apply, inputs, tangents):
+    def loss(inputs):
+      y, updated = apply({"params": inputs[0], "batch_stats": VARIABLES["batch_stats"]}, inputs[1])
+      return jnp.mean(jnp.cos(y) * jnp.sin(inputs[1])) + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(updated))
+
+    def hvp(inputs):
+      return jax.jvp(jax.grad(loss), (inputs,), (tangents,))[1]
+
+    reverse_over_forward = jax.grad(lambda inputs: jax.jvp(loss, (inputs,), (tangents,))[1])
+    return jax.grad(loss)(inputs), hvp(inputs), reverse_over_forward(inputs), jax.jvp(hvp, (inputs,), (tangents,))[1]
+
+  with jax.enable_x64(True):
+    inputs = (VARIABLES["params"], activations((8, 2, 4, 3)))
+    tangents = jax.tree.map(lambda a: np.random.default_rng(5).normal(size=a.shape), inputs)
+    ours, theirs = (jax.jit(functools.partial(derivatives, apply))(inputs, tangents) for apply in both_layers(train))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    largest = np.max(np.abs(b))
+    assert largest > 1e-4  # none of them is trivially zero
+    np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * largest)
+
+
+def test_float32_gradients_are_as_near_to_float64_as_those_of_flax():
+  """With means of 100 and deviations of 1, where a form that does not centre would lose most of its digits."""
+  weight = np.random.default_rng(6).normal(size=(64, 5, 3))
+
+  def gradient(apply, x):
+    def loss(x):
+      y, _ = apply(jax.tree.map(lambda leaf: jnp.asarray(leaf, x.dtype), VARIABLES), x)
+      return jnp.sum(jnp.sin(y) * weight)
+
+    return jax.jit(jax.grad(loss))(x)
+
+  ours, theirs = both_layers(True)
+  with jax.enable_x64(True):
+    x = (100 + np.random.default_rng(7).normal(size=weight.shape)).astype(np.float32)
+    exact = np.asarray(gradient(theirs, x.astype(np.float64)))
+  errors = [np.sqrt(np.mean((np.asarray(gradient(apply, x), np.float64) - exact) ** 2)) for apply in (ours, theirs)]
+  assert errors[0] <= 1.1 * errors[1]
+  assert errors[0] <= 1e-4 * np.sqrt(np.mean(exact**2))
 
 
 def test_names_shapes_and_initial_values_are_those_of_flax():
