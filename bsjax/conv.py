@@ -266,8 +266,8 @@ def _canonical_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Ar
 def _filter_gradient_of_block(geometry: Geometry, x: Array, dy: Array) -> Array:
   """Convolves the rows of `x` with those of `dy`: what is summed in each row, its columns of each example, are the channels.
 
-  Of the two, the one with more entries per position is the kernel, whose entries are the channels of the result: `dy`, or the columns of `x`
-  that meet each column of `dy`; with a stride always `dy`, its rows spread out by it. The others are what the convolution calls columns.
+  Of the two, the one with more entries per position is the kernel, whose entries are the channels of the result: `dy`, or the columns of
+  `x` that meet each column of `dy`; with a stride always `dy`, its rows spread out by it. The others it calls columns.
   """
   (height, width), (rows, columns), stride = geometry.kernel_size, geometry.output_size, geometry.stride
   seen = ((rows - 1) * stride + height, (columns - 1) * stride + width)  # a stride can leave the last ones unseen
