@@ -60,7 +60,7 @@ examples and positions, but reads all of one operand for every few rows of the o
 32x32 positions were 1.3 times faster than at once (`docs/bench_train.md`)."""
 
 SLOW_CHANNELS = 16
-"""The CPU's fast kernel does not take a convolution with so many channels, or fewer, in its input and in its output."""
+"""The CPU's fast kernel does not take a convolution with so many channels, or fewer, both in its input and in its output."""
 
 
 def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:
@@ -197,27 +197,28 @@ def _plain_filter_gradient_of(geometry: Geometry, x: Array, dy: Array) -> Array:
 
 
 def _canonical_convolution_of(geometry: Geometry, x: Array, w: Array) -> Array:
-  """Convolves; where there are few channels, and most of them in the output, with m neighbouring columns as the channels of one.
+  return _canonical_convolve(x, w, geometry.stride, geometry.padding)
 
-  The m columns of an output see m - 1 + k columns of the input, k the width of the kernel: some blocks of m columns. Entry b of the kernel
-  of the block's column p stands at p + b of these blocks, the rest is zero: for m = 2 and k = 3 a third more is multiplied. With as many
-  channels in the input as in the output, the copy of the input would cost what the faster kernel saves.
+
+def _canonical_convolve(x: Array, w: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
+  """Convolves; where there are few channels, with m neighbouring columns of the output as the channels of one.
+
+  With stride s and a kernel k wide, the m columns see (m - 1) s + k columns of the input, the next m as many, m s further. Entry b of the
+  kernel of column p is at p s + b of these, the rest is zero: for m = 2, s = 1 and k = 3 a third more is multiplied.
   """
-  (kernel_height, kernel_width, inputs, outputs), (examples, height, width, _) = w.shape, x.shape
-  (rows, (low, _)), output_width = geometry.padding, geometry.output_size[1]
+  (kernel_height, kernel_width, inputs, outputs), (rows, (low, high)) = w.shape, padding
+  output_width = (x.shape[2] + low + high - kernel_width) // stride + 1
   columns = SLOW_CHANNELS // outputs + 1
-  if columns == 1 or columns * inputs > outputs or columns > output_width or geometry.stride > 1:
-    return _convolution_of(geometry, x, w)
+  if max(inputs, outputs) > SLOW_CHANNELS or columns > output_width:
+    return _convolve(x, w, window_strides=(stride, stride), padding=padding)
 
-  seen, steps = (-(-length // columns) for length in (columns - 1 + kernel_width, output_width))
-  num_blocks = steps + seen - 1
-  edges = (low, num_blocks * columns - width - low, 0)  # below zero where blocks end before the padding does
-  blocks = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), edges, (0, 0, 0)))
-  places = [jnp.pad(w, ((0, 0), (p, seen * columns - p - kernel_width), (0, 0), (0, 0))) for p in range(columns)]
-  kernel = jnp.stack(places, axis=3).reshape(kernel_height, seen, columns * inputs, columns * outputs)
-  blocks = blocks.reshape(examples, height, num_blocks, columns * inputs)
-  y = _convolve(blocks, kernel, window_strides=(1, 1), padding=(rows, (0, 0)))
-  return y.reshape(examples, -1, steps * columns, outputs)[:, :, :output_width]
+  before = [p * stride for p in range(columns)]
+  places = [jnp.pad(w, ((0, 0), (zeros, before[-1] - zeros), (0, 0), (0, 0))) for zeros in before]
+  kernel = jnp.stack(places, axis=3).reshape(kernel_height, -1, inputs, columns * outputs)
+  steps = -(-output_width // columns)
+  seen = (low, max(0, (steps * columns - 1) * stride + kernel_width - x.shape[2] - low))
+  y = _convolve(x, kernel, window_strides=(stride, stride * columns), padding=(rows, seen))
+  return y.reshape(*y.shape[:2], -1, outputs)[:, :, :output_width]
 
 
 def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Array:
@@ -237,7 +238,7 @@ def _canonical_input_gradient_of(geometry: Geometry, dy: Array, w: Array) -> Arr
       (taps - 1 - at // stride, count - output + at // stride)
       for taps, at, count, output in zip(kernel.shape[:2], shifted, counts, geometry.output_size, strict=True)
     ]
-    return _convolve(dy, kernel[::-1, ::-1].swapaxes(2, 3), window_strides=(1, 1), padding=padding)
+    return _canonical_convolve(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, tuple(padding))
 
   rows = [jnp.stack([of_remainders(r, q) for q in range(stride)], axis=3) for r in range(stride)]
   height, width = geometry.input_size

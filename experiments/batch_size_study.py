@@ -31,7 +31,7 @@ from bsjax.train import make_mesh
 from bsjax.workloads import load_workload, workload_settings
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
-SMOKE = {"num_epochs": 1, "num_steps": 64, "num_rates": 3, "tuning_seeds": 1, "final_seeds": 3}
+SMOKE = {"num_epochs": 1, "num_steps": 32, "num_rates": 3, "tuning_seeds": 1, "final_seeds": 3}
 
 _FLAGS = define_study_flags("runs/batch_size_study", smoke="three batch sizes and a minute budget")
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", None, "comma-separated; default: the workload's", flag_values=_FLAGS)

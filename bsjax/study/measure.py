@@ -104,17 +104,17 @@ class Measurements:
     }
 
   def noise(self, trial: Trial, state: TrainState) -> Iterator[dict[str, Any]]:
-    """Measures the gradient noise exactly over the training set, and that of sampled minibatches of every batch size.
+    """Measures the gradient noise exactly over the training set, and that of sampled minibatches of every batch size below its size.
 
     Of a training set that does not fit the device it is that of its first `num_examples`, which every row has. Minibatches are drawn
-    without replacement, as in training; which ones is a function of (seed, step).
+    without replacement, as in training; which ones is a function of (seed, step). One of all examples would have no noise.
     """
     examples = self._first_examples(self.num_examples)
     moments, _ = finite_moments(functools.partial(self._moments, state.model_state), state.params, examples)
     yield {"probe": "noise", "step": int(state.step)} | flat_row(noise_of(moments))
     draw = np.random.default_rng((trial.seed, int(state.step)))
     for batch_size in self.batch_sizes:
-      if batch_size > self.num_examples:
+      if batch_size >= self.num_examples:
         continue
       count = min(max(MINIBATCH_EXAMPLES // batch_size, FEWEST_MINIBATCHES), MOST_MINIBATCHES)
       indices = np.stack([draw.permutation(self.num_examples)[:batch_size] for _ in range(count)])
