@@ -57,7 +57,7 @@ Padding = Literal["SAME", "VALID"] | int
 FILTER_GRADIENT_COLUMNS = 32
 """Columns of `dy`, of several examples if need be, that the CPU sums at once for a filter gradient. Its kernel does not block the sum over
 examples and positions, but reads all of one operand for every few rows of the other: in such blocks 128 examples of 16x16 and
-32x32 positions were 1.3 times faster than at once (`docs/bench_train.md`)."""
+32x32 positions were 1.3 to 1.7 times faster than at once (`docs/bench_train.md`)."""
 
 SLOW_CHANNELS = 16
 """The CPU's fast kernel does not take a convolution with so many channels, or fewer, both in its input and in its output."""
@@ -204,12 +204,14 @@ def _canonical_convolve(x: Array, w: Array, stride: int, padding: tuple[tuple[in
   """Convolves; where there are few channels, with m neighbouring columns of the output as the channels of one.
 
   With stride s and a kernel k wide, the m columns see (m - 1) s + k columns of the input, the next m as many, m s further. Entry b of the
-  kernel of column p is at p s + b of these, the rest is zero: for m = 2, s = 1 and k = 3 a third more is multiplied.
+  kernel of column p is at p s + b of these, the rest is zero: for m = 2, s = 1 and k = 3 a third more is multiplied. For s = 2 it is two
+  thirds, which pays only where the input has the fewer channels.
   """
   (kernel_height, kernel_width, inputs, outputs), (rows, (low, high)) = w.shape, padding
   output_width = (x.shape[2] + low + high - kernel_width) // stride + 1
   columns = SLOW_CHANNELS // outputs + 1
-  if max(inputs, outputs) > SLOW_CHANNELS or columns > output_width:
+  pays = stride == 1 or inputs < outputs
+  if max(inputs, outputs) > SLOW_CHANNELS or columns > output_width or not pays:
     return _convolve(x, w, window_strides=(stride, stride), padding=padding)
 
   before = [p * stride for p in range(columns)]

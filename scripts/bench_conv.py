@@ -1,12 +1,15 @@
-"""What does the loop-safe convolution save inside a scan, and what its sum over blocks of examples?
+"""What does the loop-safe convolution save inside a scan, what its sum over blocks of examples, and what columns as channels?
 
-  python -m scripts.bench_conv                                     all cases against both, conv32_b128 for minutes
+  python -m scripts.bench_conv                                     all cases, conv32_b128 for minutes
   python -m scripts.bench_conv --only=conv_b8 --versus=lax_in_scan    one case against one
 
-Prints one JSON object per case and opponent: a scan of gradient steps on two 3x3 convolutions from 16 to 16 channels.
+Prints one JSON object per case and opponent. conv_*: a scan of gradient steps on two 3x3 convolutions from 16 to 16
+channels. few_*: a scan of single convolutions of 64 images with few channels; few_3_16 is from 3 to 16 channels, _k5 and _k7
+say another kernel than 3x3, _s2 a stride of 2.
 Opponents:
-  lax_in_scan    the same with lax.conv_general_dilated
-  at_once        ours, with the filter gradient of the whole batch as one block
+  lax_in_scan    of conv_*: the same with lax.conv_general_dilated
+  at_once        of conv_*: ours, with the filter gradient of the whole batch as one block
+  each_column    of few_*: ours, with each column of the output by itself
 `ratio` is our CPU time over theirs, below 1 is faster: the median of alternating repetitions, `low` and `high` the smallest
 and the largest. Compilation is not timed. The weights that both sides arrive at are compared before.
 """
@@ -21,7 +24,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import jax
@@ -34,10 +38,29 @@ import bsjax.conv
 from bsjax.models import conv
 from bsjax.types import Array
 
-CASES = {"conv_b8": (8, 16), "conv_b128": (128, 16), "conv32_b128": (128, 32)}
+
+class Few(NamedTuple):
+  """A convolution of few channels."""
+
+  size: int
+  channels: tuple[int, int]
+  kernel: int = 3
+  stride: int = 1
+
+
+STEPS_OF = {"conv_b8": (8, 16), "conv_b128": (128, 16), "conv32_b128": (128, 32)}
 """Examples, and rows and columns of an image."""
-STEPS, CHANNELS = 4, 16
-OPPONENTS = ("lax_in_scan", "at_once")
+FEW = {
+  "few_3_16": Few(32, (3, 16)),
+  "few_8_8": Few(32, (8, 8)),
+  "few_16_16": Few(32, (16, 16)),
+  "few_1_6_k5": Few(28, (1, 6), kernel=5),
+  "few_6_16_k5": Few(28, (6, 16), kernel=5),
+  "few_3_16_k7_s2": Few(64, (3, 16), kernel=7, stride=2),
+}
+CASES = (*STEPS_OF, *FEW)
+STEPS, CHANNELS, FEW_EXAMPLES = 4, 16, 64
+OPPONENTS = ("lax_in_scan", "at_once", "each_column")
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Cases to run.")
 _VERSUS = flags.DEFINE_list("versus", list(OPPONENTS), "Opponents to run against.")
@@ -71,19 +94,47 @@ def at_once(weights: Array, batches: Array) -> Steps:
     return scanned_steps(conv).lower(weights, batches).compile()
 
 
+def scanned_convolution(stride: int) -> Steps:
+  """Builds a scan that convolves batch after batch and keeps the last."""
+
+  def all_batches(w: Array, batches: Array) -> Array:
+    def step(last: Array, x: Array) -> tuple[Array, None]:
+      return conv(x, w, stride=stride), None
+
+    start = jax.eval_shape(lambda x: conv(x, w, stride=stride), batches[0])
+    return lax.scan(step, jnp.zeros(start.shape), batches)[0]
+
+  return jax.jit(all_batches)
+
+
+def pairs(case: str, draw: np.random.Generator) -> Iterator[tuple[str, Steps, Steps, Array, Array]]:
+  """Yields each opponent of a case, our side, theirs, and the operands of both."""
+  if case in FEW:
+    size, channels, kernel, stride = FEW[case]
+    batches = draw.normal(size=(STEPS, FEW_EXAMPLES, size, size, channels[0])).astype(np.float32)
+    weights = (0.1 * draw.normal(size=(kernel, kernel, *channels))).astype(np.float32)
+    ours = scanned_convolution(stride).lower(weights, batches).compile()
+    with mock.patch.object(bsjax.conv, "SLOW_CHANNELS", 0):
+      theirs = scanned_convolution(stride).lower(weights, batches).compile()
+    yield "each_column", ours, theirs, weights, batches
+  else:
+    batch_size, size = STEPS_OF[case]
+    batches = draw.normal(size=(STEPS, batch_size, size, size, CHANNELS)).astype(np.float32)
+    weights = (0.1 * draw.normal(size=(2, 3, 3, CHANNELS, CHANNELS))).astype(np.float32)
+    ours = scanned_steps(conv).lower(weights, batches).compile()
+    yield "lax_in_scan", ours, scanned_steps(plain), weights, batches
+    yield "at_once", ours, at_once(weights, batches), weights, batches
+
+
 def main(arguments: list[str]) -> None:
   del arguments
   draw = np.random.default_rng(0)
   for case in _ONLY.value:
-    batch_size, size = CASES[case]
-    batches = draw.normal(size=(STEPS, batch_size, size, size, CHANNELS)).astype(np.float32)
-    weights = (0.1 * draw.normal(size=(2, 3, 3, CHANNELS, CHANNELS))).astype(np.float32)
-    for versus in _VERSUS.value:
-      ours = scanned_steps(conv).lower(weights, batches).compile()
-      theirs = at_once(weights, batches) if versus == "at_once" else scanned_steps(plain)
-      np.testing.assert_allclose(ours(weights, batches), theirs(weights, batches), atol=1e-5)
-      print(json.dumps({"bench": "conv", "case": case, "versus": versus, **compare(ours, theirs, weights, batches)}))
-      sys.stdout.flush()
+    for versus, ours, theirs, weights, batches in pairs(case, draw):
+      if versus in _VERSUS.value:
+        np.testing.assert_allclose(ours(weights, batches), theirs(weights, batches), atol=1e-5)
+        print(json.dumps({"bench": "conv", "case": case, "versus": versus, **compare(ours, theirs, weights, batches)}))
+        sys.stdout.flush()
 
 
 def compare(ours: Steps, theirs: Steps, weights: Array, batches: Array) -> dict[str, float | int | str]:

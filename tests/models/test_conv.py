@@ -222,8 +222,8 @@ def test_transposed_convolution_is_the_transpose_of_a_convolution_of_stride_2(si
 @pytest.mark.parametrize(
   ("channels", "stride", "width", "together"),
   [((1, 16), 1, 28, 2), ((1, 6), 1, 28, 3), ((3, 16), 1, 31, 2), ((16, 16), 1, 5, 2), ((16, 6), 1, 28, 3)]
-  + [((3, 16), 2, 28, 2), ((8, 6), 2, 31, 3), ((8, 16), 3, 14, 2)]
-  + [((3, 17), 1, 28, 1), ((17, 16), 1, 28, 1), ((1, 5), 1, 3, 1)],
+  + [((3, 16), 2, 28, 2), ((3, 6), 2, 31, 3), ((8, 16), 3, 14, 2)]
+  + [((3, 17), 1, 28, 1), ((17, 16), 1, 28, 1), ((1, 5), 1, 3, 1), ((16, 16), 2, 28, 1)],
 )
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_few_channels_are_convolved_with_columns_as_channels(channels, stride, width, together, padding):
