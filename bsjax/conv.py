@@ -57,7 +57,7 @@ Padding = Literal["SAME", "VALID"] | int
 FILTER_GRADIENT_COLUMNS = 32
 """Columns of `dy`, of several examples if need be, that the CPU sums at once for a filter gradient. Its kernel does not block the sum over
 examples and positions, but reads all of one operand for every few rows of the other: in such blocks 128 examples of 16x16 and
-32x32 positions were 1.3 to 1.7 times faster than at once (`docs/bench_train.md`)."""
+32x32 positions were 1.4 to 1.7 times faster than at once (`docs/bench_train.md`)."""
 
 SLOW_CHANNELS = 16
 """The CPU's fast kernel does not take a convolution with so many channels, or fewer, both in its input and in its output."""
