@@ -220,20 +220,21 @@ def test_transposed_convolution_is_the_transpose_of_a_convolution_of_stride_2(si
 
 
 @pytest.mark.parametrize(
-  ("channels", "stride", "width", "together"),
-  [((1, 16), 1, 28, 2), ((1, 6), 1, 28, 3), ((3, 16), 1, 31, 2), ((16, 16), 1, 5, 2), ((16, 6), 1, 28, 3)]
-  + [((3, 16), 2, 28, 2), ((3, 6), 2, 31, 3), ((8, 16), 3, 14, 2)]
-  + [((3, 17), 1, 28, 1), ((17, 16), 1, 28, 1), ((1, 5), 1, 3, 1), ((16, 16), 2, 28, 1)],
+  ("channels", "stride", "width", "together", "inputs"),
+  [((1, 16), 1, 28, 2, 1), ((1, 6), 1, 28, 3, 1), ((16, 16), 1, 5, 2, 16), ((16, 6), 1, 28, 3, 16)]
+  + [((8, 16), 3, 14, 2, 8), ((17, 16), 1, 28, 1, 17), ((1, 5), 1, 3, 1, 1), ((16, 16), 2, 28, 1, 16)]
+  + [((3, 16), 1, 31, 2, 4), ((3, 16), 2, 28, 2, 4), ((3, 6), 2, 31, 3, 4), ((3, 17), 1, 28, 1, 4)]
+  + [((3, 32), 2, 7, 1, 4), ((3, 33), 1, 28, 1, 3), ((3, 5), 1, 3, 1, 3)],
 )
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_few_channels_are_convolved_with_columns_as_channels(channels, stride, width, together, padding):
-  """In value too, for widths that columns do not divide, and where a stride leaves the last columns unseen."""
+def test_few_channels_are_convolved_with_columns_as_channels(channels, stride, width, together, inputs, padding):
+  """In value too, for widths that columns do not divide, where a stride leaves the last columns unseen, and with a channel of zeros."""
   x, w = operands((5, width), (3, 3), examples=2, channels=channels)
   convolved = jax.jit(lambda x, w: conv(x, w, stride=stride, padding=padding))
   text = convolved.trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
   (kernel,) = re.findall(r"stablehlo.convolution.*, tensor<(\w+)xf32>\) ->", text)
   kernel_size = [int(size) for size in kernel.split("x")][1:]
-  assert kernel_size == [3 + (together - 1) * stride, channels[0], together * channels[1]]
+  assert kernel_size == [3 + (together - 1) * stride, inputs, together * channels[1]]
   # Float32 sums of some 150 terms of order one.
   expected = plain_conv(x, w, stride=stride, padding=padding)
   np.testing.assert_allclose(convolved(x, w), expected, rtol=1e-5, atol=1e-5)
