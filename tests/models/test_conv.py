@@ -68,6 +68,31 @@ def test_value_and_both_gradients_equal_the_plain_convolution(stride, padding):
       assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+  ("size", "kernel", "stride", "padding"),
+  [((1, 1), 3, 1, "SAME"), ((2, 2), 3, 1, "SAME"), ((4, 4), 5, 1, "SAME"), ((3, 2), 3, 2, "SAME"), ((2, 2), 3, 1, 3)],
+)
+def test_an_image_smaller_than_the_kernel_is_multiplied_on_the_cpu(size, kernel, stride, padding):
+  """XLA would exchange the two, and no longer take its fast kernel; value and gradients are those of the convolution."""
+
+  def value_and_gradients(convolution, x, w, padding):
+    def loss(x, w):
+      y = convolution(x, w, stride=stride, padding=padding)
+      return jnp.sum(jnp.sin(y)), y
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+  with jax.enable_x64(True):
+    x, w = operands(size, (kernel, kernel), jnp.float64)
+    edges = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+    actual, expected = value_and_gradients(conv, x, w, padding), value_and_gradients(plain_conv, x, w, edges)
+    assert_close(actual, expected, tolerance=10 * TOLERANCE)  # products of two sums
+    convolved = jax.jit(lambda x, w: conv(x, w, stride=stride, padding=padding))
+    text = convolved.trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+  assert "stablehlo.dot_general" in text
+  assert "stablehlo.convolution" not in text
+
+
 @pytest.mark.parametrize(("kernel", "padding"), [((7, 7), 3), ((3, 3), 1), ((1, 1), 0)])
 def test_padding_by_a_number_pads_every_edge(kernel, padding):
   def value_and_pullback(convolution, padding, x, w):
