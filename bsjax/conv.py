@@ -63,7 +63,7 @@ SLOW_CHANNELS = 16
 """The CPU's fast kernel does not take a convolution with so many channels, or fewer, both in its input and in its output."""
 
 SLOW_INPUTS, SLOW_OUTPUTS = 3, 32
-"""From exactly so many channels to so many, or fewer, that kernel is 2 to 8 times slower than from one more (with AVX-512)."""
+"""From exactly so many channels to so many, or fewer, that kernel is 3 to 9 times slower than from one more (with AVX-512)."""
 
 
 def conv(x: Array, w: Array, *, stride: int = 1, padding: Padding = "SAME") -> Array:
