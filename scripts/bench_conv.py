@@ -1,13 +1,13 @@
-"""What does the loop-safe convolution save inside a scan, what its sum over blocks of examples, and what columns as channels?
+"""What does the loop-safe convolution save inside a scan, what its sum over blocks of examples, and what its other forms?
 
   python -m scripts.bench_conv                                     all cases, conv32_b128 for minutes
   python -m scripts.bench_conv --only=conv_b8 --versus=lax_in_scan    one case against one
 
 Prints one JSON object per case and opponent. conv_*: a scan of gradient steps on two 3x3 convolutions from 16 to 16
 channels. few_*: a scan of single convolutions of 64 images with few channels; few_3_16 is from 3 to 16 channels, _k5 and _k7
-say another kernel than 3x3, _s2 a stride of 2.
+say another kernel than 3x3, _s2 a stride of 2. small_*: the same of 32 images smaller than the kernel; small_2_k3 is 2x2 under 3x3.
 Opponents:
-  lax_in_scan    of conv_*: the same with lax.conv_general_dilated
+  lax_in_scan    of conv_* and small_*: the same with lax.conv_general_dilated
   at_once        of conv_*: ours, with the filter gradient of the whole batch as one block
   each_column    of few_*: ours, with each column of the output by itself and no fourth channel beside three
 `ratio` is our CPU time over theirs, below 1 is faster: the median of alternating repetitions, `low` and `high` the smallest
@@ -21,10 +21,12 @@ if hasattr(os, "sched_setaffinity"):
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -39,28 +41,31 @@ from bsjax.models import conv
 from bsjax.types import Array
 
 
-class Few(NamedTuple):
-  """A convolution of few channels."""
+class Single(NamedTuple):
+  """A convolution by itself."""
 
   size: int
   channels: tuple[int, int]
   kernel: int = 3
   stride: int = 1
+  examples: int = 64
 
 
 STEPS_OF = {"conv_b8": (8, 16), "conv_b128": (128, 16), "conv32_b128": (128, 32)}
 """Examples, and rows and columns of an image."""
-FEW = {
-  "few_3_16": Few(32, (3, 16)),
-  "few_3_32": Few(32, (3, 32)),
-  "few_8_8": Few(32, (8, 8)),
-  "few_16_16": Few(32, (16, 16)),
-  "few_1_6_k5": Few(28, (1, 6), kernel=5),
-  "few_6_16_k5": Few(28, (6, 16), kernel=5),
-  "few_3_16_k7_s2": Few(64, (3, 16), kernel=7, stride=2),
+SINGLE = {
+  "few_3_16": Single(32, (3, 16)),
+  "few_3_32": Single(32, (3, 32)),
+  "few_8_8": Single(32, (8, 8)),
+  "few_16_16": Single(32, (16, 16)),
+  "few_1_6_k5": Single(28, (1, 6), kernel=5),
+  "few_6_16_k5": Single(28, (6, 16), kernel=5),
+  "few_3_16_k7_s2": Single(64, (3, 16), kernel=7, stride=2),
+  "small_2_k3": Single(2, (512, 512), examples=32),
+  "small_4_k5": Single(4, (128, 128), kernel=5, examples=32),
 }
-CASES = (*STEPS_OF, *FEW)
-STEPS, CHANNELS, FEW_EXAMPLES = 4, 16, 64
+CASES = (*STEPS_OF, *SINGLE)
+STEPS, CHANNELS = 4, 16
 OPPONENTS = ("lax_in_scan", "at_once", "each_column")
 
 _ONLY = flags.DEFINE_list("only", list(CASES), "Cases to run.")
@@ -74,10 +79,11 @@ def plain(x: Array, w: Array) -> Array:
   return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+Convolve = Callable[[Array, Array], Array]
 Steps = Callable[[Array, Array], Array]
 
 
-def scanned_steps(convolve: Callable[[Array, Array], Array]) -> Steps:
+def scanned_steps(convolve: Convolve) -> Steps:
   """Builds `STEPS` gradient steps on two layers in one scan, as training makes them."""
 
   def loss(weights: Array, x: Array) -> Array:
@@ -95,14 +101,14 @@ def at_once(weights: Array, batches: Array) -> Steps:
     return scanned_steps(conv).lower(weights, batches).compile()
 
 
-def scanned_convolution(stride: int) -> Steps:
+def scanned_convolution(convolve: Convolve) -> Steps:
   """Builds a scan that convolves batch after batch and keeps the last."""
 
   def all_batches(w: Array, batches: Array) -> Array:
     def step(last: Array, x: Array) -> tuple[Array, None]:
-      return conv(x, w, stride=stride), None
+      return convolve(x, w), None
 
-    start = jax.eval_shape(lambda x: conv(x, w, stride=stride), batches[0])
+    start = jax.eval_shape(convolve, batches[0], w)
     return lax.scan(step, jnp.zeros(start.shape), batches)[0]
 
   return jax.jit(all_batches)
@@ -110,14 +116,18 @@ def scanned_convolution(stride: int) -> Steps:
 
 def pairs(case: str, draw: np.random.Generator) -> Iterator[tuple[str, Steps, Steps, Array, Array]]:
   """Yields each opponent of a case, our side, theirs, and the operands of both."""
-  if case in FEW:
-    size, channels, kernel, stride = FEW[case]
-    batches = draw.normal(size=(STEPS, FEW_EXAMPLES, size, size, channels[0])).astype(np.float32)
-    weights = (0.1 * draw.normal(size=(kernel, kernel, *channels))).astype(np.float32)
-    ours = scanned_convolution(stride).lower(weights, batches).compile()
-    with mock.patch.multiple(bsjax.conv, SLOW_CHANNELS=0, SLOW_INPUTS=0):
-      theirs = scanned_convolution(stride).lower(weights, batches).compile()
-    yield "each_column", ours, theirs, weights, batches
+  if case in SINGLE:
+    size, channels, kernel, stride, examples = SINGLE[case]
+    batches = draw.normal(size=(STEPS, examples, size, size, channels[0])).astype(np.float32)
+    weights = draw.normal(size=(kernel, kernel, *channels)).astype(np.float32) / math.sqrt(kernel**2 * channels[0])
+    convolve = partial(conv, stride=stride)
+    ours = scanned_convolution(convolve).lower(weights, batches).compile()
+    if size < kernel:
+      yield "lax_in_scan", ours, scanned_convolution(plain), weights, batches
+    else:
+      with mock.patch.multiple(bsjax.conv, SLOW_CHANNELS=0, SLOW_INPUTS=0):
+        theirs = scanned_convolution(convolve).lower(weights, batches).compile()
+      yield "each_column", ours, theirs, weights, batches
   else:
     batch_size, size = STEPS_OF[case]
     batches = draw.normal(size=(STEPS, batch_size, size, size, CHANNELS)).astype(np.float32)
