@@ -48,11 +48,19 @@ def train_bpe(texts: Iterable[list[bytes]], vocabulary_size: int) -> bytes:
   return model.getvalue()
 
 
-def encode_sentences(model: bytes, texts: Iterable[list[bytes]]) -> Iterator[np.ndarray]:
-  """Yields the tokens of each chunk of sentences, u16[T]: one sentence after the other, each with its end."""
+def encode_sentences(model: Path, texts: Iterable[list[bytes]]) -> Iterator[np.ndarray]:
+  """Yields the tokens of each chunk of sentences, u16[T]: one sentence after the other, each with its end.
+
+  Raises:
+    DataError: `model` is not a model file.
+  """
   import sentencepiece
 
-  processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+  try:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+    processor.encode("")  # an empty file fails here only
+  except RuntimeError as error:
+    raise DataError(f"{model} is damaged; delete it, and it is learned again.") from error
   for chunk in texts:
     sentences = processor.encode([text.decode() for text in chunk], add_eos=True)
     yield np.concatenate([np.asarray(sentence, np.uint16) for sentence in sentences])

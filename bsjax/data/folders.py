@@ -10,14 +10,18 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+from bsjax.data.source import DataError
 
 PathLike = str | os.PathLike[str]
 
 DEFAULT_FOLDER = "~/.cache/bsjax/data"
+_LOGGER = logging.getLogger(__name__)
 
 
 class Folders(NamedTuple):
@@ -43,17 +47,45 @@ def find_folders(tfds_name: str, data_dir: PathLike | None, manual_dir: PathLike
 
 def is_writable(folder: Path) -> bool:
   """Returns whether files may be put into `folder`, made if need be. A mode without any write bit binds root, too."""
-  nearest = next(path for path in (folder, *folder.parents) if path.exists())
+  nearest = next(
+    path for path in (folder, *folder.parents) if os.path.exists(path)
+  )  # False for what may not be looked at
   return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) and bool(nearest.stat().st_mode & 0o222)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds an exclusive lock on `path`, waiting for it. The system lets go of it when the process ends, however it ends."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+  """Holds an exclusive lock on `path`, waiting for it. The system lets go of it when the process ends, however it ends.
+
+  Raises:
+    DataError: the file cannot be made or locked.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _open_for_all(path)
+  except OSError as error:
+    raise _not_locked(path, error) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      _LOGGER.warning("waiting for another process, which holds %s", path)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+      raise _not_locked(path, error) from error
     yield
+
+
+def _open_for_all(path: Path) -> IO[str]:
+  """Opens a file to lock it; for reading only, which most file systems accept, where it is another user's."""
+  try:
+    return path.open("a")
+  except PermissionError:
+    return path.open()
+
+
+def _not_locked(path: Path, error: OSError) -> DataError:
+  return DataError(f"{path} cannot be locked: {error.strerror}; mend that, or pass another --data_dir.")
 
 
 def _absolute(path: PathLike) -> Path:

@@ -19,7 +19,7 @@ from bsjax.data.datasets import Dataset, Split, find_dataset
 from bsjax.data.fake import fake_source
 from bsjax.data.folders import Folders, PathLike, find_folders, is_writable, locked
 from bsjax.data.prepare import check_extra, describe_raw_files, make_builder, prepare_copy, quiet
-from bsjax.data.read import decode_photo, open_records, read_images, read_texts
+from bsjax.data.read import are_as_promised, decode_photo, open_records, read_images, read_texts
 from bsjax.data.source import DataError, RecordSource, Source
 
 AnySource = TypeVar("AnySource", Source, RecordSource)
@@ -51,10 +51,11 @@ def load_source(
 
   Raises:
     DataError: unknown name or split; a raw file that is missing while its host does not answer within 5 s; a raw file with
-      the wrong digest; a prepared copy that is damaged or not what the table says; an empty split; no writable folder; a full disk.
+      the wrong digest; a prepared copy that is damaged, copied in part or not what the table says; an empty split; no writable
+      folder; a full disk.
 
   Holds: what was prepared only in part, by a process that was killed, is never taken for whole; of two processes that
-  prepare the same data set, the second waits for the first.
+  prepare the same data set, the second waits for the first, and says so. Preparing shows its progress on standard error.
   """
   dataset = find_dataset(name)
   if split not in dataset.splits:
@@ -83,20 +84,22 @@ def load_source(
 def prepare_data(name: str, *, data_dir: PathLike | None = None, manual_dir: PathLike | None = None) -> Path:
   """Prepares, ahead of time, all that `load_source` needs for a data set, with progress on standard error.
 
+  A copy that is there already is checked: files that are missing or cut short are an error.
+
   Returns:
-    The folder that holds the prepared copy and the arrays.
+    The folder that holds the prepared copy.
 
   Raises:
     DataError: as of `load_source`.
   """
   dataset = find_dataset(name)
   folders = find_folders(dataset.tfds_name, data_dir, manual_dir)
-  if dataset.by_record and dataset.labels is None:
-    _copy(dataset, folders, progress=True)
-  else:
-    for part in dataset.parts:
-      _part(dataset, part, folders, progress=True)
-  return folders.own
+  for part in dataset.parts:
+    if dataset.by_record:
+      open_records(dataset, part, _copy(dataset, folders))
+    if not dataset.by_record or dataset.labels is not None:
+      _part(dataset, part, folders)
+  return _copy_root(dataset, folders) or folders.own
 
 
 def describe_data(name: str, *, data_dir: PathLike | None = None, manual_dir: PathLike | None = None) -> str:
@@ -105,7 +108,7 @@ def describe_data(name: str, *, data_dir: PathLike | None = None, manual_dir: Pa
   folders = find_folders(dataset.tfds_name, data_dir, manual_dir)
   root = _copy_root(dataset, folders)
   if root is not None:
-    return f"{name}: reads the prepared copy in {root / dataset.tfds_name}; arrays go to {folders.own}"
+    return f"{name}: reads the prepared copy in {root / dataset.tfds_name}; arrays that it lacks go to {folders.own}"
   return f"{name}: {describe_raw_files(dataset, folders)}; goes to {folders.own}"
 
 
@@ -126,13 +129,13 @@ def _copy_root(dataset: Dataset, folders: Folders) -> Path | None:
   return next((root for root in roots if make_builder(dataset, root).data_path.exists()), None)
 
 
-def _copy(dataset: Dataset, folders: Folders, *, progress: bool = False) -> Path:
+def _copy(dataset: Dataset, folders: Folders) -> Path:
   """Returns the root of the prepared copy, which is made if need be, once for all processes."""
   root = _copy_root(dataset, folders)
   if root is None:
     _check_writable(dataset, folders)
     # a lock of its own: `_part` holds the other one
-    with locked(folders.own / f"{dataset.tfds_name}.copy.lock"), quiet(progress=progress):
+    with locked(folders.own / f"{dataset.tfds_name}.copy.lock"), quiet(dataset):
       root = _copy_root(dataset, folders)  # whoever held the lock may just have made it
       if root is None:
         root = folders.own
@@ -140,7 +143,7 @@ def _copy(dataset: Dataset, folders: Folders, *, progress: bool = False) -> Path
   return root
 
 
-def _part(dataset: Dataset, part: str, folders: Folders, *, progress: bool = False) -> dict[str, np.ndarray]:
+def _part(dataset: Dataset, part: str, folders: Folders) -> dict[str, np.ndarray]:
   """Returns the arrays of an official part, which are made if need be, once for all processes."""
   arrays = _kept(dataset, part, folders)
   if arrays is None:
@@ -148,8 +151,8 @@ def _part(dataset: Dataset, part: str, folders: Folders, *, progress: bool = Fal
     with locked(folders.own / f"{dataset.tfds_name}.lock"):
       arrays = _kept(dataset, part, folders)  # whoever held the lock may just have written it
       if arrays is None:
-        root = _copy(dataset, folders, progress=progress)
-        with quiet(progress=progress):
+        root = _copy(dataset, folders)
+        with quiet(dataset):
           arrays = _decode(dataset, part, root, folders)
         write_arrays(arrays_folder(folders.own, dataset.tfds_name) / _file_name(dataset, part, folders), arrays)
   return arrays
@@ -163,10 +166,13 @@ def _check_writable(dataset: Dataset, folders: Folders) -> None:
 
 
 def _kept(dataset: Dataset, part: str, folders: Folders) -> dict[str, np.ndarray] | None:
-  """Returns the arrays that were kept, or None."""
+  """Returns the arrays that were kept, or None where there are none, or other ones than the table promises: they are decoded again."""
   name = _file_name(dataset, part, folders)
-  paths = [arrays_folder(root, dataset.tfds_name) / name for root in (folders.given, folders.own)]
-  return read_arrays(paths[0]) or read_arrays(paths[1])
+  for root in dict.fromkeys((folders.given, folders.own)):
+    arrays = read_arrays(arrays_folder(root, dataset.tfds_name) / name)
+    if arrays is not None and are_as_promised(arrays, dataset, part):
+      return arrays
+  return None
 
 
 def _decode(dataset: Dataset, part: str, root: Path, folders: Folders) -> dict[str, np.ndarray]:
@@ -180,7 +186,7 @@ def _decode(dataset: Dataset, part: str, root: Path, folders: Folders) -> dict[s
     model = _vocabulary_path(folders.own, dataset)
     learned = bpe.train_bpe(read_texts(dataset, "train", root), dataset.num_labels)
     write_whole(model, lambda file: file.write(learned))
-  return {"tokens": np.concatenate(list(bpe.encode_sentences(model.read_bytes(), read_texts(dataset, part, root))))}
+  return {"tokens": np.concatenate(list(bpe.encode_sentences(model, read_texts(dataset, part, root))))}
 
 
 # The vocabulary of a text in subwords: arrays that were encoded by another one are not taken for its own.
@@ -246,7 +252,7 @@ def _record_source(name: str, split: str, dataset: Dataset, folders: Folders) ->
     labels = _part(dataset, part, folders)["label"]
     positions = positions[_labelled(labels[positions], dataset.labels)]
   root = _copy(dataset, folders)
-  with quiet(progress=False):
+  with quiet(dataset):
     records = dataclasses.replace(open_records(dataset, part, root, encoded=True), positions=positions)
   decode = functools.partial(decode_photo, dataset=dataset, folder=records.folder)
   return RecordSource(name, split, records, decode, dataset.example)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import textwrap
 import threading
 import urllib.parse
 import urllib.request
@@ -22,6 +23,7 @@ from bsjax.data.folders import Folders
 from bsjax.data.source import DataError
 
 _ANSWER_SECONDS = 5.0
+_BLOCK_BYTES = 2**20
 EXTRAS = {  # of pyproject.toml: the module that each brings, and how to get it
   "tf": ("tensorflow", "tensorflow-cpu==2.21.0"),
   "lm1b": ("sentencepiece", "sentencepiece==0.2.3"),
@@ -50,13 +52,13 @@ def make_builder(dataset: Dataset, root: Path) -> Any:
   """Returns the TFDS builder of a data set whose prepared copy is, or goes, under `root`.
 
   Raises:
-    DataError: what is there is no array_record copy.
+    DataError: what is there is no array_record copy, or is damaged.
   """
   try:
     return _builder_class(dataset)(data_dir=root, file_format="array_record")
-  except ValueError as error:
+  except Exception as error:  # TFDS promises no type: another format, a description that is empty or cut short
     raise DataError(
-      f"{root / dataset.tfds_name} holds no array_record copy: {one_line(error)}; pass another --data_dir."
+      f"{root / dataset.tfds_name} holds no array_record copy that can be read: {one_line(error)}; delete it, or pass another --data_dir."
     ) from error
 
 
@@ -93,9 +95,9 @@ def check_raw_files(dataset: Dataset, folders: Folders) -> Path:
     DataError: a file that is missing and cannot be downloaded, or has the wrong digest.
   """
   name, (folder, missing) = dataset.tfds_name, find_raw_files(dataset, folders.raw)
-  for file in raw_files(dataset):
-    if file not in missing:
-      _check_digest(name, file, folder / file.name)
+  found = [file for file in raw_files(dataset) if file not in missing]
+  for file in found:
+    _check_size(name, file, folder / file.name)
   searched = " or ".join(map(str, folders.raw))
   for file in missing:
     host = urllib.parse.urlsplit(file.url).hostname
@@ -108,11 +110,13 @@ def check_raw_files(dataset: Dataset, folders: Folders) -> Path:
       raise DataError(
         f"{name} needs {file.name}, which is not in {searched}; put it there or pass another --manual_dir."
       )
-    if not _answers(file.url):
+    if not _is_downloaded(file, folders.own / "downloads" / name) and not _answers(file.url):
       raise DataError(
-        f"{name} needs {file.name}, which is not in {searched}, and {host} does not answer; "
+        f"{name} needs {file.name}, which is not in {searched}, and {host} does not answer, or not with this file; "
         f"put the raw files ({', '.join(file.name for file in raw_files(dataset))}) in one folder and pass --manual_dir=<folder>."
       )
+  for file in found:  # last, for it takes long
+    _check_digest(name, file, folder / file.name)
   return folder
 
 
@@ -147,16 +151,43 @@ def _sizes(files: Sequence[RawFile]) -> str:
   return f"{names} ({sum(file.num_bytes for file in files) / 1e6:,.1f} MB)"
 
 
+def _check_size(name: str, file: RawFile, path: Path) -> None:
+  """Tells at once of an unfinished download of many gigabytes."""
+  found = path.stat().st_size
+  if found != file.num_bytes:
+    raise _wrong_file(name, file, path, f"{file.num_bytes:,} bytes with sha256 {file.sha256}", f"{found:,} bytes")
+
+
 def _check_digest(name: str, file: RawFile, path: Path) -> None:
-  """Compares the size first, which tells of an unfinished download of many gigabytes at once."""
-  found_bytes = path.stat().st_size
-  if found_bytes != file.num_bytes:
-    wanted, found = f"{file.num_bytes:,} bytes with sha256 {file.sha256}", f"{found_bytes:,} bytes"
-  else:
-    with path.open("rb") as handle:
-      wanted, found = f"sha256 {file.sha256}", f"sha256 {hashlib.file_digest(handle, 'sha256').hexdigest()}"
-  if wanted != found:
-    raise DataError(f"{path} is not the {file.name} of {name}: expected {wanted}, found {found}; replace or remove it.")
+  from tensorflow_datasets.core import utils
+
+  digest = hashlib.sha256()
+  bar = utils.tqdm(total=file.num_bytes, desc=f"Checking {file.name}", unit="B", unit_scale=True, leave=False)
+  try:
+    with bar, path.open("rb") as handle:
+      while block := handle.read(_BLOCK_BYTES):
+        digest.update(block)
+        bar.update(len(block))
+  except OSError as error:
+    raise DataError(
+      f"{path} cannot be read: {one_line(error)}; make it readable, or pass another --manual_dir."
+    ) from error
+  if digest.hexdigest() != file.sha256:
+    raise _wrong_file(name, file, path, f"sha256 {file.sha256}", f"sha256 {digest.hexdigest()}")
+
+
+def _wrong_file(name: str, file: RawFile, path: Path, wanted: str, found: str) -> DataError:
+  another = "" if path.parent.name == name else f", or put those of {name} into {path.parent / name}"
+  return DataError(
+    f"{path} is not the {file.name} of {name}: expected {wanted}, found {found}; replace or remove it{another}."
+  )
+
+
+def _is_downloaded(file: RawFile, folder: Path) -> bool:
+  """Returns whether TFDS has this file from an earlier attempt."""
+  from tensorflow_datasets.core.download import resource
+
+  return (folder / resource.get_dl_fname(file.url, file.sha256)).is_file()
 
 
 def _answers(url: str) -> bool:
@@ -188,11 +219,15 @@ def prepare_copy(dataset: Dataset, root: Path, folders: Folders) -> None:
   config = tfds.download.DownloadConfig(manual_dir=check_raw_files(dataset, folders))
   builder = make_builder(dataset, root)
   _announce_sizes(builder, dataset)
-  _LOGGER.info("preparing %s in %s", dataset.tfds_name, root)
+  for path in sorted(root.joinpath(dataset.tfds_name).glob("incomplete.*")):
+    _LOGGER.warning("%s is left of a preparation that was killed; delete it, unless another program is at it", path)
   try:
     builder.download_and_prepare(download_config=config)
   except Exception as error:  # TFDS promises no type: network, disk, its own
-    raise DataError(f"{dataset.tfds_name} could not be prepared in {root}: {one_line(error)}") from error
+    cure = (
+      "make room, or pass another --data_dir" if "No space left" in str(error) else "mend that, and it starts again"
+    )
+    raise DataError(f"{dataset.tfds_name} could not be prepared in {root}: {one_line(error)}; {cure}.") from error
 
 
 def check_extra(dataset: Dataset) -> None:
@@ -222,15 +257,15 @@ def _announce_sizes(builder: Any, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def quiet(*, progress: bool) -> Iterator[None]:
+def quiet(dataset: Dataset) -> Iterator[None]:
   """Keeps TFDS from printing, and from warning of what is no fault here (such as that OpenCV is not installed).
 
-  With `progress` its progress bars stay, on standard error.
+  Its progress bars stay, on standard error, but for a data set that comes with the package, which takes a second.
   """
   import absl.logging
   import tensorflow_datasets as tfds
 
-  tfds.display_progress_bar(progress)
+  tfds.display_progress_bar(bool(raw_files(dataset)))
   verbosity = absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.ERROR)
   try:
@@ -241,5 +276,5 @@ def quiet(*, progress: bool) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-  """Returns the type and the first line of an error."""
-  return f"{type(error).__name__}: {error}".splitlines()[0].strip()
+  """Returns the type and the message of an error, of which the first 600 characters."""
+  return textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")

@@ -10,7 +10,7 @@ import numpy as np
 
 from bsjax.data.datasets import Dataset
 from bsjax.data.prepare import make_builder, one_line
-from bsjax.data.source import DataError
+from bsjax.data.source import DataError, Spec
 
 _CHUNK = 1_000  # records in memory beside the arrays
 
@@ -40,7 +40,7 @@ def open_records(dataset: Dataset, part: str, root: Path, *, encoded: bool = Fal
     encoded: leaves images as the bytes of their files.
 
   Raises:
-    DataError: the copy is damaged, or holds another number of records than the table says.
+    DataError: the copy is damaged, lacks a file or the end of one, or holds another number of records than the table says.
   """
   import tensorflow_datasets as tfds
 
@@ -49,12 +49,28 @@ def open_records(dataset: Dataset, part: str, root: Path, *, encoded: bool = Fal
   try:
     decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     data_source = builder.as_data_source(split=part, decoders=decoders)
+    _check_files(builder.info.splits[part.split("[")[0]])
   except Exception as error:  # as above
     raise DataError(f"{folder} cannot be read: {_damage(error)}") from error
   found, wanted = len(data_source), dataset.parts.get(part, len(data_source))
   if found != wanted:
     raise DataError(f"{folder} holds {found:,} examples in {part}, wanted {wanted:,}; delete it and prepare it again.")
   return Records(folder, data_source, np.arange(found))
+
+
+def _check_files(part: Any) -> None:
+  """Compares the number of records that the end of each file tells with the one that TFDS wrote down when the copy was whole."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  for path, wanted in zip(part.filepaths, part.shard_lengths, strict=True):
+    try:
+      reader = ArrayRecordReader(str(path))
+      found = reader.num_records()
+      reader.close()
+    except Exception as error:  # array_record promises no type, and names no file that is cut short
+      raise ValueError(f"{path.name}: {error}") from error
+    if found != wanted:
+      raise ValueError(f"{path.name} holds {found:,} records of {wanted:,}")
 
 
 def _damage(error: Exception) -> str:
@@ -90,6 +106,18 @@ def _chunks(records: Records, description: str) -> Iterator[tuple[int, Sequence[
 
   for start in utils.tqdm(range(0, len(records), _CHUNK), desc=description, unit_scale=_CHUNK, leave=False):
     yield start, records.__getitems__(range(start, min(start + _CHUNK, len(records))))
+
+
+def are_as_promised(arrays: Mapping[str, np.ndarray], dataset: Dataset, part: str) -> bool:
+  """Returns whether decoded arrays of a part are what the table says: names, shapes, dtypes, and, but for a text, length and labels."""
+  promised = {"label": dataset.example["label"]} if dataset.by_record else dataset.example
+  found = {name: Spec(array.shape[1:], array.dtype) for name, array in arrays.items()}
+  if found != promised or dataset.is_text:
+    return found == promised
+  labels = arrays["label"]
+  return all(len(array) == dataset.parts[part] for array in arrays.values()) and bool(
+    ((labels >= 0) & (labels < dataset.num_labels)).all()
+  )
 
 
 def decode_photo(record: Mapping[str, Any], dataset: Dataset, folder: Path) -> dict[str, np.ndarray]:

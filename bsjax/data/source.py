@@ -101,10 +101,9 @@ class RecordSource:
         for index in indices:  # which of them is it?
           self.fetch(np.array([index]))
       which = f"example{'s' * (len(indices) > 1)} {', '.join(str(index) for index in indices)}"
-      reason = f"{type(error).__name__}: {error}".splitlines()[0].strip()
-      raise DataError(
-        f"{which} of split {self.split!r} of {self.name} cannot be read: {reason}; prepare the data set anew"
-      ) from error
+      what = f"{type(error).__name__}: {error}".splitlines()[0].strip()
+      reason = error if isinstance(error, DataError) else f"{what}; prepare the data set anew"
+      raise DataError(f"{which} of split {self.split!r} of {self.name} cannot be read: {reason}") from error
 
   def first(self, count: int) -> Source:
     """Returns the split of the first `count` examples, or of all where there are fewer, in memory."""

@@ -235,17 +235,23 @@ def run_command(
     run = prepare()
   except (flags.Error, ValueError) as error:
     return _refuse(error)
+  except KeyboardInterrupt:
+    return _interrupted()
   try:
     result = run()
   except (RecordError, DataError) as error:
     return _refuse(error)
   except KeyboardInterrupt:
-    print("interrupted: what is done is kept, the same command continues from there", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    return _interrupted()
   if isinstance(result, int):
     return result
   print(f"report: {result.absolute()}")
   return 0
+
+
+def _interrupted() -> int:
+  print("interrupted: what is done is kept, the same command continues from there", file=sys.stderr)
+  return EXIT_INTERRUPTED
 
 
 def _refuse(error: Exception) -> int:

@@ -116,7 +116,10 @@ def _explained(what: str, error: BaseException) -> str:
   if isinstance(error, ModuleNotFoundError) and error.name:
     package = error.name.split(".")[0]
     if importlib.util.find_spec(package) is None:
-      return f"needs the package {package}, which is not installed: pip install {package}, or start in the folder that holds it"
+      return (
+        f"needs the package {package}, which is not installed: pip install {package} (or the distribution that holds it), "
+        "or start in the folder that holds it"
+      )
   message = next(iter(str(error).splitlines()), "")
   if "relative import" in message:
     return f"{what} has a relative import, which needs a package: give package.module:function, from the folder that holds the package"

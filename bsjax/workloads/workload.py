@@ -114,14 +114,21 @@ def check_workload(workload: Any, origin: str) -> Workload:
   """Checks what a user's function returned, from shapes alone.
 
   Raises:
-    ValueError: not a `Workload`, a split that is empty or no `Source`, functions that fail, `init` without `Variables`, example losses
-      that are not scalars, half of the two parts of the loss, or a target that `example_metrics` does not return.
+    ValueError: not a `Workload`, a split that is empty, no `Source` or of arrays of different lengths, functions that fail,
+      `init` without `Variables`, example losses that are not scalars, half of the two parts of the loss, or a target that
+      `example_metrics` does not return.
   """
   if not isinstance(workload, Workload):
     raise ValueError(f"{origin} returned {type(workload).__name__}, wanted a bsjax.workloads.Workload")
   for split in (workload.train, workload.validation, workload.test):
     if not isinstance(split, Source | RecordSource):
       raise ValueError(f"{origin}: a split is of type {type(split).__name__}, wanted a bsjax.data.Source")
+    if isinstance(split, Source):
+      lengths = {name: len(array) for name, array in split.arrays.items()}
+      if len(set(lengths.values())) != 1:
+        raise ValueError(
+          f"{origin}: split {split.split!r} of {split.name!r} has arrays of lengths {lengths}, wanted at least one array, all of one length"
+        )
     if len(split) == 0:
       raise ValueError(f"{origin}: split {split.split!r} of {split.name!r} is empty, wanted at least one example")
   example: Mapping[str, Any] = {

@@ -41,7 +41,7 @@ def prepare_images(root, *, sizes, num_classes=10, labels=range(10)):
         image = Image.fromarray(np.zeros((*sizes, 3), np.uint8))
         yield number, {"id": str(number), "image": image, "label": labels[number % len(labels)]}
 
-  with prepare.quiet(progress=False):
+  with prepare.quiet(DATASETS["cifar10"]):
     Impostor(data_dir=root, file_format="array_record").download_and_prepare()
 
 

@@ -1,5 +1,6 @@
 """The table of data sets, against TFDS's own descriptions, the numbers of the papers, and itself."""
 
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from bsjax.data import DATASETS, DataError, load_source, split_size
 from bsjax.data.datasets import find_dataset
 from bsjax.data.prepare import EXTRAS, _builder_class
+from bsjax.data.source import Spec
 
 IMAGES = [name for name, dataset in DATASETS.items() if not dataset.is_text]
 
@@ -115,6 +117,11 @@ def test_extras_are_those_of_the_package():
   assert {dataset.extra for dataset in DATASETS.values()} == {"", *EXTRAS}
 
 
+def one_number_an_image(monkeypatch, name):
+  number = Spec((), np.dtype(np.int32))
+  monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], example={"image": number, "label": number}))
+
+
 @pytest.fixture(scope="module")
 def small_mnist(tmp_path_factory):
   """Kept arrays of 60,000 and 10,000 examples whose image is their number, so that no file needs decoding."""
@@ -128,7 +135,8 @@ def small_mnist(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name.startswith("mnist")])
-def test_subsets_of_mnist_hold_the_examples_that_their_names_say(name, small_mnist):
+def test_subsets_of_mnist_hold_the_examples_that_their_names_say(name, small_mnist, monkeypatch):
+  one_number_an_image(monkeypatch, name)
   train, validation, test = (
     load_source(name, split, data_dir=small_mnist) for split in ("train", "validation", "test")
   )
@@ -148,13 +156,14 @@ def test_subsets_of_mnist_hold_the_examples_that_their_names_say(name, small_mni
   np.testing.assert_array_equal(again.arrays["label"], train.arrays["label"])
 
 
-def test_parts_are_read_one_after_the_other(tmp_path):
+def test_parts_are_read_one_after_the_other(tmp_path, monkeypatch):
   """`svhn_extra`: the extra part, then the training part without its last 5,000."""
   from bsjax.data.arrays import write_arrays
 
+  one_number_an_image(monkeypatch, "svhn_extra")
   for part, size in DATASETS["svhn"].parts.items():
     numbers = np.arange(size, dtype=np.int32)
-    write_arrays(tmp_path / "arrays" / "svhn_cropped" / f"{part}.npz", {"image": numbers, "label": numbers})
+    write_arrays(tmp_path / "arrays" / "svhn_cropped" / f"{part}.npz", {"image": numbers, "label": numbers % 10})
   train = load_source("svhn_extra", "train", data_dir=tmp_path).arrays["image"]
   np.testing.assert_array_equal(train, np.concatenate([np.arange(531_131), np.arange(68_257)]))
   validation = load_source("svhn_extra", "validation", data_dir=tmp_path).arrays["image"]

@@ -1,6 +1,8 @@
 """Where `load_source` looks, what it refuses, and what a killed or a second process does to it."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import http.server
 import os
@@ -12,12 +14,14 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 import bsjax
-from bsjax.data import DATASETS, DataError, arrays, folders, is_prepared, load, load_source, prepare
+from bsjax.data import DATASETS, DataError, arrays, folders, is_prepared, load, load_source, prepare, prepare_data, text
 
 PACKAGE_ROOT = os.path.dirname(bsjax.__path__[0])
 
@@ -128,6 +132,80 @@ def test_raw_files_are_found(tmp_path, monkeypatch, given_as, place):
   assert prepare.check_raw_files(letters, found) == folder
 
 
+def test_a_missing_file_is_told_before_others_are_read(tmp_path, monkeypatch):
+  """Reading ImageNet's takes many minutes. A file of another size is told first of all: looking costs nothing."""
+  monkeypatch.setattr(prepare, "_check_digest", refuse)
+  (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"0" * 4542)
+  with pytest.raises(DataError, match="needs t10k-images-idx3-ubyte.gz, which is not in"):
+    load_source("mnist", "train", data_dir=tmp_path, manual_dir=tmp_path)
+  (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"0")
+  with pytest.raises(DataError, match="found 1 bytes; replace or remove it, or put those of mnist into .*/mnist"):
+    load_source("mnist", "train", data_dir=tmp_path, manual_dir=tmp_path)
+
+
+def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
+  (tmp_path / "input.txt").write_bytes(b"0" * 1_115_394)
+  real = Path.open
+
+  def denied(path, *args, **kwargs):
+    if path.name == "input.txt":
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return real(path, *args, **kwargs)
+
+  monkeypatch.setattr(Path, "open", denied)
+  with pytest.raises(DataError, match="input.txt cannot be read: PermissionError: .*; make it readable, or pass"):
+    load_source("tiny_shakespeare", "train", data_dir=tmp_path, length=4)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+  """Makes a server on this machine that of tiny_shakespeare; it serves other bytes than those that are registered, if told so."""
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  servers = []
+
+  def start(registered, served):
+    class Handler(_Handler):
+      def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(served)
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    servers.append(server)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    info = tfds.core.download.checksums.UrlInfo(
+      tfds.core.utils.Size(len(registered)), hashlib.sha256(registered).hexdigest(), "input.txt"
+    )
+    urls = {f"http://127.0.0.1:{server.server_port}/there": info}
+    monkeypatch.setattr(text.TinyShakespeare, "url_infos", urls)
+
+  yield start
+  for server in servers:
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_of_other_bytes_tells_both_digests(serve, tmp_path):
+  registered, served = b"Speak, speak.", b"Speak; speak."
+  serve(registered, served)
+  digests = [hashlib.sha256(content).hexdigest() for content in (registered, served)]
+  with pytest.raises(DataError, match="wrong checksum.*{}.*{}.*; mend that".format(*digests)) as error:
+    load_source("tiny_shakespeare", "train", data_dir=tmp_path, length=1)
+  assert "\n" not in str(error.value)
+  assert not is_prepared("tiny_shakespeare", data_dir=tmp_path)
+
+
+def test_what_was_downloaded_is_not_asked_for_again(serve, tmp_path, monkeypatch):
+  content = b"Speak, speak."
+  serve(content, content)
+  with monkeypatch.context() as stopped:
+    stopped.setattr(text.TinyShakespeare, "_generate_examples", refuse)  # after the download
+    with pytest.raises(DataError, match="not to be called"):
+      load_source("tiny_shakespeare", "train", data_dir=tmp_path, length=1)
+  monkeypatch.setattr(prepare, "_answers", refuse)
+  assert load_source("tiny_shakespeare", "train", data_dir=tmp_path, length=1).name == "tiny_shakespeare"
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   def do_HEAD(self):
     self.send_response(200 if self.path == "/there" else 404)
@@ -187,6 +265,33 @@ def test_prepared_copy_in_a_read_only_folder_is_used(digits_dir, tmp_path, monke
   assert not (digits_dir / "arrays").exists()
 
 
+def test_the_folder_that_holds_the_copy_is_returned(digits_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "cache"))
+  digits_dir.chmod(0o555)
+  assert prepare_data("digits", data_dir=digits_dir) == digits_dir
+  digits_dir.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+  with pytest.raises(DataError, match=r"\.lock cannot be locked: File name too long; mend that, or pass another"):
+    load_source("digits", "train", data_dir=tmp_path / ("x" * 300))
+
+
+def test_a_lock_of_another_user_is_taken(tmp_path, monkeypatch):
+  """Who may read but not write the file can lock it."""
+  (tmp_path / "lock").touch()
+  real = Path.open
+
+  def read_only(path, mode="r", *args, **kwargs):
+    if mode != "r":
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return real(path, mode, *args, **kwargs)
+
+  monkeypatch.setattr(Path, "open", read_only)
+  with folders.locked(tmp_path / "lock"), real(tmp_path / "lock") as again, pytest.raises(BlockingIOError):
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_no_writable_folder_is_an_error(tmp_path, monkeypatch):
   tmp_path.joinpath("read_only").mkdir(mode=0o555)
   monkeypatch.setattr(folders, "DEFAULT_FOLDER", str(tmp_path / "read_only" / "cache"))
@@ -212,7 +317,11 @@ def _claim_other_format(folder):
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
 
 
-@pytest.mark.parametrize("damage", [_truncate_shard, _empty, _claim_other_format])
+def _empty_description(folder):
+  (folder / "dataset_info.json").write_text("")
+
+
+@pytest.mark.parametrize("damage", [_truncate_shard, _empty, _claim_other_format, _empty_description])
 def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
   shutil.rmtree(digits_dir / "arrays")
   damage(digits_dir / "digits" / "1.0.0")
@@ -221,9 +330,10 @@ def test_damaged_copy_is_an_error_in_one_line(digits_dir, damage):
   assert "\n" not in str(error.value)
 
 
-def test_a_copy_in_another_format_does_not_count_as_prepared(digits_dir):
+@pytest.mark.parametrize("damage", [_claim_other_format, _empty_description])
+def test_a_copy_that_cannot_be_read_does_not_count_as_prepared(digits_dir, damage):
   assert is_prepared("digits", data_dir=digits_dir)
-  _claim_other_format(digits_dir / "digits" / "1.0.0")
+  damage(digits_dir / "digits" / "1.0.0")
   assert not is_prepared("digits", data_dir=digits_dir)
 
 
@@ -254,6 +364,21 @@ def test_damaged_arrays_are_decoded_again(digits_dir, damage, expected):
     assert file.testzip() is None  # and written anew
 
 
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda image, label: {"image": image[:100], "label": label[:100]},
+    lambda image, label: {"image": image, "label": label + 55},
+    lambda image, label: {"image": image[:, :7], "label": label},
+    lambda image, label: {"image": image.astype(np.float64), "label": label},
+    lambda image, label: {"label": label},
+  ],
+)
+def test_kept_arrays_that_are_not_those_of_the_table_are_decoded_again(digits_dir, change, expected):
+  arrays.write_arrays(digits_dir / "arrays" / "digits" / "train.npz", change(**expected))
+  assert_same(load_source("digits", "train", data_dir=digits_dir).arrays, expected)
+
+
 # Other processes.
 
 _KILLED = """
@@ -270,11 +395,12 @@ load_source("digits", "train", data_dir=sys.argv[1])
 """
 
 
-def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path, expected):
+def test_what_a_killed_process_left_is_not_taken_for_whole(tmp_path, expected, caplog):
   result = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], cwd=PACKAGE_ROOT, timeout=120)
   assert result.returncode == -signal.SIGKILL
-  assert list((tmp_path / "digits").iterdir())  # it did leave something
+  (left,) = (tmp_path / "digits").iterdir()
   assert_same(load_source("digits", "train", data_dir=tmp_path).arrays, expected)
+  assert f"{left} is left of a preparation that was killed" in caplog.text
   assert len(load_source("digits", "test", data_dir=tmp_path)) == 387
 
 
@@ -304,7 +430,8 @@ def _wait_for(path):
 @pytest.mark.parametrize("step", ["prepare_copy", "_decode"])
 def test_of_two_processes_one_works_and_the_other_waits(tmp_path, step):
   def start(name):
-    return subprocess.Popen([sys.executable, "-c", _COUNTED, str(tmp_path), name, step], cwd=PACKAGE_ROOT)
+    command = [sys.executable, "-c", _COUNTED, str(tmp_path), name, step]
+    return subprocess.Popen(command, cwd=PACKAGE_ROOT, stderr=subprocess.PIPE, text=True)
 
   first = start("first")
   _wait_for(tmp_path / "first.works")
@@ -312,7 +439,9 @@ def test_of_two_processes_one_works_and_the_other_waits(tmp_path, step):
   _wait_for(tmp_path / "second.started")
   time.sleep(1)  # without the lock it would be at work by now
   (tmp_path / "go").touch()
-  assert (first.wait(60), second.wait(60)) == (0, 0)
+  said = [process.communicate(timeout=60)[1] for process in (first, second)]
+  assert (first.returncode, second.returncode) == (0, 0)
+  assert ["waiting for another process" in lines for lines in said] == [False, True]
   assert not (tmp_path / "second.works").exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def copy(tmp_path_factory):
         image = io.BytesIO(jpeg(photo(number)))
         yield f"n{number}.JPEG", {"image": image, "label": label(number), "file_name": f"n{number}.JPEG"}
 
-  with prepare.quiet(progress=False):
+  with prepare.quiet(DATASETS["imagenet2012"]):
     Twelve(data_dir=root, file_format="array_record").download_and_prepare()
   return root
 
@@ -125,8 +126,6 @@ def test_a_split_without_examples_is_refused(copy, table, monkeypatch):
 
 
 def test_preparing_counts_labels_for_the_half_of_classes_only(copy, table, tmp_path):
-  import shutil
-
   root = shutil.copytree(copy / "imagenet2012", tmp_path / "imagenet2012").parent
   prepare_data("imagenet2012", data_dir=root)
   assert not (root / "arrays").exists()
@@ -146,8 +145,6 @@ def flip_a_byte(path, position):
 
 
 def test_flipped_bytes_of_a_record_are_an_error_when_it_is_fetched(copy, table, tmp_path):
-  import shutil
-
   root = shutil.copytree(copy, tmp_path / "copy")
   shard = root / "imagenet2012" / "5.1.0" / "imagenet2012-train.array_record-00000-of-00001"
   source = load_source("imagenet2012", "train", data_dir=root)
@@ -159,6 +156,41 @@ def test_flipped_bytes_of_a_record_are_an_error_when_it_is_fetched(copy, table, 
     assert "\n" not in str(error.value)
     shard.write_bytes(whole)
   assert source.fetch(np.arange(9))["image"].shape == (9, 256, 256, 3)
+
+
+def _cut_short(folder):
+  shard = folder / "imagenet2012-train.array_record-00000-of-00001"
+  shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def _exchange_files(folder):
+  """The training file holds as many records as that of validation."""
+  shutil.copy(*(folder / f"imagenet2012-{part}.array_record-00000-of-00001" for part in ("validation", "train")))
+
+
+@pytest.mark.parametrize(
+  ("damage", "what"),
+  [
+    (lambda folder: (folder / "imagenet2012-train.array_record-00000-of-00001").unlink(), "No such file"),
+    (_cut_short, "train.array_record"),
+    (_exchange_files, "train.array_record-00000-of-00001 holds 4 records of 12"),
+    (lambda folder: (folder / "dataset_info.json").unlink(), ""),
+    (lambda folder: (folder / "dataset_info.json").write_text(""), "ParseError"),
+    (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ""),
+  ],
+)
+def test_a_copy_of_only_some_files_is_not_taken_for_whole(copy, table, tmp_path, damage, what):
+  root = shutil.copytree(copy, tmp_path / "copy")
+  damage(root / "imagenet2012" / "5.1.0")
+  for call in (
+    lambda: prepare_data("imagenet2012", data_dir=root),
+    lambda: load_source("imagenet2012", "train", data_dir=root),
+  ):
+    with pytest.raises(
+      DataError, match=f"/copy/imagenet2012.* read: .*{what}.*; delete it, or pass another --data_dir"
+    ) as error:
+      call()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

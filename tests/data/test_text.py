@@ -9,6 +9,7 @@ import pytest
 
 from bsjax.data import DATASETS, DataError, bpe, load_source
 from bsjax.data.arrays import write_arrays
+from bsjax.data.source import Spec
 from tests.data.raw_files import SENTENCES, SHAKESPEARE, small_table, write_raw_files
 
 
@@ -42,8 +43,11 @@ def test_a_text_too_short_for_one_block_is_an_empty_split(shakespeare):
     shakespeare("test", longest + 1)
 
 
-def test_domains_are_cut_between_two_plays(tmp_path):
+def test_domains_are_cut_between_two_plays(tmp_path, monkeypatch):
   """On numbers in place of the text: the two domains together are all of it, in its order."""
+  for name in ("tiny_shakespeare_tragedies", "tiny_shakespeare_comedies"):
+    numbers = {"tokens": Spec((), np.dtype(np.int32))}
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], example=numbers))
   parts = {"train": 1_003_854, "validation": 55_770, "test": 55_770}
   start = 0
   for part, size in parts.items():
@@ -126,6 +130,15 @@ def test_what_was_encoded_is_read_without_the_optional_package(lm1b, monkeypatch
   again = lm1b("validation")
   assert again.name == first.name
   np.testing.assert_array_equal(again.arrays["tokens"], first.arrays["tokens"])
+
+
+@pytest.mark.parametrize("damage", [lambda model: b"", lambda model: model[:-100], lambda model: b"no model"])
+def test_a_damaged_vocabulary_is_one_line(lm1b, tmp_path, damage):
+  lm1b("validation")
+  vocabulary = tmp_path / "arrays" / "lm1b" / "bpe.model"
+  vocabulary.write_bytes(damage(vocabulary.read_bytes()))
+  with pytest.raises(DataError, match=rf"^{vocabulary} is damaged; delete it, and it is learned again\.$"):
+    lm1b("validation")
 
 
 def test_too_few_sentences_for_the_vocabulary_is_one_line(lm1b, monkeypatch):

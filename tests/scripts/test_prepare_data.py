@@ -104,7 +104,7 @@ def test_bad_calls_are_one_line(tmp_path, capsys, monkeypatch):
     (["mnist", "--list"], "1 names of data sets given"),
     (["minst"], "unknown data set 'minst'; known are digits,"),
     (["--date_dir=x", "mnist"], "Unknown command line flag 'date_dir'"),
-    (["mnist", data_dir], "does not answer; put the raw files (t10k-images-idx3-ubyte.gz, "),
+    (["mnist", data_dir], "does not answer, or not with this file; put the raw files (t10k-images-idx3-ubyte.gz, "),
     (
       ["tiny_shakespeare", data_dir],
       f"{tmp_path}/input.txt is not the input.txt of tiny_shakespeare: expected 1,115,394",

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from bsjax.data import DataError
-from bsjax.study.command import EXIT_BAD_INPUT, check_spread, forced_data_path, lane_plan, run_command
+from bsjax.study.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, check_spread, forced_data_path, lane_plan, run_command
 from bsjax.train import PLANS
 
 
@@ -42,3 +42,15 @@ def test_a_record_that_cannot_be_read_is_one_line_and_an_exit_code(monkeypatch, 
   code = run_command(lambda: run, documentation="", module=__name__, flag_values=flags.FlagValues())
   assert code == EXIT_BAD_INPUT
   assert capsys.readouterr().err == "error: example 7 of split 'train' of made_up cannot be read\n"
+
+
+@pytest.mark.parametrize("where", ["prepare", "run"])
+def test_an_interruption_is_one_line_while_data_are_prepared_too(monkeypatch, capsys, where):
+  def interrupt():
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, "argv", ["experiment"])
+  prepare = interrupt if where == "prepare" else lambda: interrupt
+  code = run_command(prepare, documentation="", module=__name__, flag_values=flags.FlagValues())
+  assert code == EXIT_INTERRUPTED
+  assert capsys.readouterr().err.startswith("interrupted: what is done is kept")

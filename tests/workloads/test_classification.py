@@ -103,6 +103,9 @@ def test_training_augments_by_its_key_and_probes_do_not(example):
   )
   assert sorted(losses) == pytest.approx(sorted([plain, mirrored]), rel=1e-5)
   assert float(workload.example_loss(params, {}, example)) == pytest.approx(plain, rel=1e-5)
+  darkened = make(augment=lambda key, image: image / 2)  # whatever the key
+  losses = [darkened.example_loss(params, {}, example), darkened.example_metrics(params, {}, example)["loss"]]
+  assert losses == pytest.approx([plain, plain], rel=1e-5)
 
 
 def test_smoothing_is_in_the_loss_and_not_in_the_metrics(example):

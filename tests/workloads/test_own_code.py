@@ -1,15 +1,18 @@
 """A user's file or module: what is found, and what goes wrong in one clear line, through the command."""
 
+import dataclasses
 import hashlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bsjax.data import Source
 from bsjax.study import run_command
-from bsjax.workloads import load_workload, workload_settings
+from bsjax.workloads import check_workload, load_workload, workload_settings
 from experiments import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +44,7 @@ def refusal(workload: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
   return captured.err.removesuffix("\n")
 
 
-MISSING = "which is not installed: pip install not_a_package, or start in the folder that holds it"
+MISSING = "which is not installed: pip install not_a_package (or the distribution that holds it), or start in the folder that holds it"
 BAD = {
   # what the file holds, and the end of the line that it earns
   "raises on import": (
@@ -183,3 +186,15 @@ def test_the_whole_chain_is_kept_for_who_debugs(folder: Path) -> None:
     causes.append(type(error))
     error = error.__cause__
   assert causes[-1] is KeyError
+
+
+@pytest.mark.parametrize(
+  ("arrays", "lengths"),
+  [({"image": np.ones((3, 8, 8, 1)), "label": np.ones(2)}, "{'image': 3, 'label': 2}"), ({}, "{}")],
+)
+def test_arrays_of_different_lengths_are_refused(arrays, lengths) -> None:
+  """In a compiled program the label of the third image would be that of the second."""
+  workload = dataclasses.replace(load_workload("quadratic"), validation=Source("mine", "validation", arrays))
+  message = f"own.py:f: split 'validation' of 'mine' has arrays of lengths {lengths}, wanted at least one array, all of"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    check_workload(workload, "own.py:f")
