@@ -3,9 +3,9 @@
   python -m experiments.pretrain_finetune --task=digits --out=runs/pretrain_finetune
 
 Pre-trains on one task at several batch sizes with warm-up, cosine and AdamW or LAMB, each tuned at each batch size; then
-fine-tunes what the smallest and what the largest batch size learned on another task, at 4, 16, 64 and 256 examples, tuned
-as well. Every batch size of a part sees the same number of epochs. Judges two claims: OUT/report.html, OUT/claims.json,
-OUT/results.csv. Run it again to continue after a kill.
+fine-tunes what the smallest and what the largest batch size learned on another task, at 4 to 1,024 examples, as far as
+the training set reaches, tuned as well. Every batch size of a part sees the same number of epochs. Judges two claims:
+OUT/report.html, OUT/claims.json, OUT/results.csv. Run it again to continue after a kill.
 """
 
 import sys
@@ -28,7 +28,7 @@ from bsjax.study.command import (
 )
 from bsjax.study.large_batch_plan import ARMS
 from bsjax.study.measure_noise import check_example_loss
-from bsjax.study.pretrain_plan import PRETRAIN_ARMS
+from bsjax.study.pretrain_plan import FINETUNE_BATCH_SIZES, PRETRAIN_ARMS
 from bsjax.train import make_mesh
 from bsjax.workloads.transfer import TRANSFERS
 
@@ -43,7 +43,12 @@ _BATCH_SIZES = flags.DEFINE_list(
   "of pre-training, comma-separated; the smallest is what others are held against",
   flag_values=_FLAGS,
 )
-_FINETUNE_BATCH_SIZES = flags.DEFINE_list("finetune_batch_sizes", None, "default: 4,16,64,256", flag_values=_FLAGS)
+_FINETUNE_BATCH_SIZES = flags.DEFINE_list(
+  "finetune_batch_sizes",
+  None,
+  f"default: those of {','.join(map(str, FINETUNE_BATCH_SIZES))} that the training set reaches",
+  flag_values=_FLAGS,
+)
 _ARMS = flags.DEFINE_list(
   "arms", None, f"of pre-training, some of {', '.join(ARMS)}; default: {','.join(PRETRAIN_ARMS)}", flag_values=_FLAGS
 )

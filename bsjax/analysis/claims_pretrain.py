@@ -1,14 +1,14 @@
 """The judges of the advice to pre-train with large batches and to fine-tune with small ones."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bsjax.analysis.claim import Finding, Verdict, columns, conjunction, in_words, inside, judged, positive, unjudged
 from bsjax.analysis.finite_trials import mean_interval
-from bsjax.analysis.fits import UNKNOWN, Interval, welch
+from bsjax.analysis.fits import UNKNOWN, Interval
 from bsjax.analysis.large_batch import (
   NAMES,
   Outcome,
@@ -33,8 +33,7 @@ Records = Mapping[str, Sequence[Record]]
 
 PRETRAIN_LARGE = unjudged(
   "pretrain_large",
-  statement="Up to the critical batch size, large batches lose nothing in pre-training at equal epochs, with warm-up, a cosine and the "
-  "better of AdamW and LAMB, each tuned",
+  statement="Up to the critical batch size, large batches lose nothing in pre-training at equal epochs",
   source="common advice; You et al. (2019); McCandlish et al. (2018) for the critical batch size",
   expected=f"at most {LOSS_MARGIN:.0%} more",
   unit="test loss over that of the smallest batch size, minus 1",
@@ -80,9 +79,14 @@ def judge_pretrain_large(study: Mapping, records: Records) -> Finding:
   final seeds, minus that of the smallest batch size, is paired by seed and taken relative to the latter's mean (`paired_difference`). The
   critical batch size is the gradient noise scale in the middle of the smallest batch size's pre-training (`noise_at_reference`).
 
-  Rule, at each batch size: nothing is lost if the whole interval lies below `LOSS_MARGIN`; something is lost if it lies above. The claim
-  holds if nothing is lost at any batch size up to the critical one, and fails if something is lost at one of them; without such batch
-  sizes, or without a noise scale, it is inconclusive. `measured` is that at the largest of them, or at the one that loses most.
+  Rule, at each batch size: nothing is lost if the whole interval lies below `LOSS_MARGIN`; something is lost if it lies above, or if a
+  seed diverged. The claim fails if something is lost at a batch size up to the lower end of the noise scale's interval; it holds if nothing
+  is lost at any batch size up to the upper end, and there is one; otherwise, or without such an interval, it is inconclusive. For losses
+  grow with the batch size: nothing lost at one that may lie beyond the critical one means nothing lost up to that, while something lost
+  there says nothing.
+
+  `measured`, of a claim that fails: at the batch size that loses most, of those up to the lower end where no seed diverged; none without
+  such. Of one that holds: at the largest up to the upper end. Of one left open: at the largest up to the upper end that does not hold.
 
   Series: seed_arm, seed_batch_size, seed, loss: each final seed of each arm; mean_arm, mean_batch_size, mean, mean_low, mean_high,
   mean_diverged; excess_batch_size, excess, excess_low, excess_high, excess_verdict; noise_scale, noise_scale_low, noise_scale_high (0-d).
@@ -90,12 +94,9 @@ def judge_pretrain_large(study: Mapping, records: Records) -> Finding:
   part, finals = study["parts"][PRETRAIN], _finals(records[PRETRAIN])
   critical = noise_at_reference(part, records[PRETRAIN])
   found = [_excess(part, finals, size) for size in part["batch_sizes"][1:]]
-  within = [excess for excess in found if excess.batch_size <= critical.value]
-  claim = PRETRAIN_LARGE
-  if within:
-    verdict = conjunction(*(excess.verdict for excess in within))
-    agreeing = [excess for excess in within if excess.verdict == verdict]
-    decisive = max(agreeing, key=lambda e: (e.relative.value if verdict == "fails" else 0.0, e.batch_size))
+  verdict, decisive = _up_to(critical, found)
+  claim = PRETRAIN_LARGE._replace(statement=f"{PRETRAIN_LARGE.statement}, with {_ways(list(part['arms']))}")
+  if decisive is not None:
     claim = judged(claim, decisive.relative, n=decisive.num_seeds, verdict=verdict)
     claim = claim._replace(unit=f"{claim.unit}, batch size {decisive.batch_size}")
   outcomes = {
@@ -115,12 +116,14 @@ def judge_pretrain_large(study: Mapping, records: Records) -> Finding:
 def judge_finetune_small(study: Mapping, records: Records) -> Finding:
   """Judges whether small batches fine-tune better, from what a small and what a large batch size pre-trained.
 
-  Test errors at the end of equal epochs, at final seeds (the test loss, where the task has no accuracy); the mean of the largest third of
-  batch sizes minus that of the smallest third (`welch`), for each of the two starts.
+  Test errors at the end of equal epochs, at final seeds (the test loss, where the task has no accuracy); for each of the two starts the
+  mean of the largest third of batch sizes minus that of the smallest third, paired by seed (`thirds`). A batch size where a seed diverged
+  is left out.
 
   Rule, for each start: holds if the interval lies above 0; fails if it lies below the least difference, `ERROR_MARGIN` of the mean error
-  and at least one test example; else inconclusive. The claim holds if it holds for every start that was fine-tuned, and fails if it fails
-  for one. Where a seed diverged the batch size is left out. `measured` is that of the start that decides.
+  and at least one test example; else inconclusive. A start can not hold, and is inconclusive instead, if a batch size of the smallest third
+  of those planned was left out. The claim holds if it holds for every start that was fine-tuned, and fails if it fails for one. `measured`
+  is that of the start that decides; `n` counts the seeds that both of its thirds have.
 
   Series: seed_arm (the part), seed_batch_size, seed, loss (the error) for each final seed; mean_arm, mean_batch_size, mean, mean_low,
   mean_high, mean_diverged; start, pretrain_batch_size, difference, difference_low, difference_high, difference_verdict for each start;
@@ -130,16 +133,19 @@ def judge_finetune_small(study: Mapping, records: Records) -> Finding:
   metric = error_metric([record for name in parts for record in _finals(records[name]).values()])
   outcomes: dict[tuple[str, int], Outcome] = {}
   rows: list[tuple[Any, ...]] = []
+  num_seeds: dict[str, int] = {}
   for name, part in parts.items():
     finals = _finals(records[name])
     (arm,) = part["arms"]
     here = {size: read_outcome(part, finals, size, arm, metric) for size in part["batch_sizes"]}
     outcomes |= {(name, size): outcome for size, outcome in here.items() if outcome is not None}
-    whole = {size: o.errors for size, o in here.items() if o is not None and not o.diverged and len(o.errors) >= 2}
-    difference = thirds(whole)
+    whole = {size: o for size, o in here.items() if o is not None and not o.diverged and len(o.errors) >= 2}
+    difference, num_seeds[name] = thirds(whole)
     example = 100 / part["test_size"] if metric == "test_accuracy" else 0.0
-    mean = float(np.mean([errors.mean() for errors in whole.values()])) if whole else math.nan
+    mean = float(np.mean([outcome.errors.mean() for outcome in whole.values()])) if whole else math.nan
     verdict = positive(difference, least=max(ERROR_MARGIN * mean, example))
+    if verdict == "holds" and not whole.keys() >= {*_ends(part["batch_sizes"])[0]}:
+      verdict = "inconclusive"
     rows.append((name, part["pretrain_batch_size"], *difference, verdict))
   claim = FINETUNE_SMALL
   known = [row for row in rows if math.isfinite(row[2])]
@@ -148,8 +154,7 @@ def judge_finetune_small(study: Mapping, records: Records) -> Finding:
     decisive = next(row for row in [*known, *rows] if row[-1] == verdict)
     unit = "percentage points of test error" if metric == "test_accuracy" else "test loss"
     claim = claim._replace(unit=f"{unit}, {claim.unit}, pre-trained at batch size {decisive[1]}")
-    seeds = sum(len(outcome.errors) for (part, _), outcome in outcomes.items() if part == decisive[0])
-    claim = judged(claim, Interval(*decisive[2:5]), n=seeds, verdict=verdict)
+    claim = judged(claim, Interval(*decisive[2:5]), n=num_seeds[decisive[0]], verdict=verdict)
   names = "start pretrain_batch_size difference difference_low difference_high difference_verdict"
   series = _outcome_series(outcomes) | columns(names, rows) | {"in_percent": np.asarray(metric == "test_accuracy")}
   return Finding(claim, series, _finetune_reading(rows, outcomes, metric))
@@ -182,13 +187,61 @@ def _excess(part: Mapping, finals: Mapping[str, Record], size: int) -> _Excess:
   return _Excess(size, arms[size], relative, len(large.seeds), inside(relative, -math.inf, LOSS_MARGIN))
 
 
-def thirds(errors: Mapping[int, np.ndarray]) -> Interval:
-  """Returns the mean error of the largest third of batch sizes minus that of the smallest third, at least one each."""
-  sizes = sorted(errors)
-  if len(sizes) < 2:
-    return UNKNOWN
-  third = max(1, len(sizes) // 3)
-  return welch([errors[size] for size in sizes[-third:]], [errors[size] for size in sizes[:third]])
+def _up_to(critical: Interval, found: Sequence[_Excess]) -> tuple[Verdict, _Excess | None]:
+  """Judges by the rule of `judge_pretrain_large`; returns the batch size that decides, too, or None without one."""
+  if not (math.isfinite(critical.low) and math.isfinite(critical.high)):
+    return "inconclusive", None
+  within = sorted((e for e in found if e.batch_size <= critical.high), key=lambda e: e.batch_size)
+  lost = [e for e in within if e.verdict == "fails" and e.batch_size <= critical.low]
+  if lost:
+    known = [e for e in lost if math.isfinite(e.relative.value)]
+    return "fails", max(known, key=lambda e: e.relative.value) if known else lost[-1]
+  unsure = [e for e in within if e.verdict != "holds"]
+  if unsure or not within:
+    return "inconclusive", unsure[-1] if unsure else None
+  return "holds", within[-1]
+
+
+def thirds(outcomes: Mapping[int, Outcome]) -> tuple[Interval, int]:
+  """Returns the mean error of the largest third of batch sizes minus that of the smallest third, and over how many seeds.
+
+  A third is at least one batch size. For each seed that all of them have: its mean over the largest third minus its mean over the
+  smallest; then the mean over seeds with Student's interval. A seed starts from the same pre-trained network at every batch size, so
+  pairing takes the part out that a start adds at every batch size alike. The interval is over seeds given these pre-trained networks
+  (at most `MOST_STARTS` of the plan), not over new pre-training.
+
+  Args:
+    outcomes: by batch size; none with diverged seeds.
+
+  Returns: UNKNOWN with fewer than two batch sizes or two common seeds.
+  """
+  if len(outcomes) < 2:
+    return UNKNOWN, 0
+  sides = [
+    [dict(zip(outcomes[size].seeds, outcomes[size].errors, strict=True)) for size in third] for third in _ends(outcomes)
+  ]
+  seeds = sorted(set.intersection(*({*errors} for side in sides for errors in side)))
+  if len(seeds) < 2:
+    return UNKNOWN, len(seeds)
+  small, large = (np.mean([[errors[seed] for seed in seeds] for errors in side], axis=0) for side in sides)
+  return mean_interval(large - small), len(seeds)
+
+
+def _ends(sizes: Iterable[int]) -> tuple[list[int], list[int]]:
+  """Returns the smallest and the largest third of batch sizes, at least one each."""
+  ordered = sorted(sizes)
+  third = max(1, len(ordered) // 3)
+  return ordered[:third], ordered[-third:]
+
+
+def _ways(arms: Sequence[str]) -> str:
+  """Says how was pre-trained: "warm-up, a cosine and the better of AdamW and LAMB, each tuned"."""
+  shared = " + warm-up + cosine"
+  alike = all(NAMES[arm].endswith(shared) for arm in arms)
+  names = [NAMES[arm].removesuffix(shared) if alike else NAMES[arm] for arm in arms]
+  best = "" if len(names) == 1 else f"the {'better' if len(names) == 2 else 'best'} of "
+  listed = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+  return f"{'warm-up, a cosine and ' if alike else ''}{best}{listed}, {'tuned' if len(names) == 1 else 'each tuned'}"
 
 
 def _outcome_series(outcomes: Mapping[tuple[str, int], Outcome]) -> dict[str, np.ndarray]:
@@ -207,18 +260,24 @@ def _outcome_series(outcomes: Mapping[tuple[str, int], Outcome]) -> dict[str, np
 
 def _pretrain_reading(part: Mapping, found: Sequence[_Excess], critical: Interval) -> str:
   smallest = part["batch_sizes"][0]
-  known = math.isfinite(critical.value)
-  scale = f"{critical.value:,.0f} [{critical.low:,.0f}, {critical.high:,.0f}] examples" if known else "not known"
+  known = math.isfinite(critical.low) and math.isfinite(critical.high)
+  scale = f"{in_words(critical, ',.0f')} examples" if math.isfinite(critical.value) else "not known"
   clauses = [
     (excess.note or f"{in_words(Interval(*(100 * end for end in excess.relative)), '+z.1f')} %")
     + f" at {excess.batch_size:,} ({NAMES[excess.arm]})"
     for excess in found
   ]
-  beyond = [f"{excess.batch_size:,}" for excess in found if not excess.batch_size <= critical.value]
+  unsure = [f"{excess.batch_size:,}" for excess in found if critical.low < excess.batch_size <= critical.high]
+  beyond = [f"{excess.batch_size:,}" for excess in found if known and excess.batch_size > critical.high]
   return (
     f"The gradient noise scale in the middle of pre-training at batch size {smallest:,} is {scale}. The test loss of a batch "
     f"size against that of {smallest:,}: {'; '.join(clauses)}."
-    + (f" Beyond the noise scale, and not judged: {', '.join(beyond)}." if beyond and known else "")
+    + (
+      f" Batch sizes within the interval of the noise scale, where a loss decides nothing: {', '.join(unsure)}."
+      if unsure
+      else ""
+    )
+    + (f" Beyond the noise scale, and not judged: {', '.join(beyond)}." if beyond else "")
   )
 
 
@@ -229,18 +288,23 @@ def _finetune_reading(rows: Sequence[tuple[Any, ...]], outcomes: Mapping[tuple[s
   clauses = [
     f"of what batch size {size:,} pre-trained, the largest third ends {in_words(Interval(*difference), '+z.2f')}{sign} above the smallest"
     if math.isfinite(difference[0])
-    else f"of what batch size {size:,} pre-trained, there are not two batch sizes to compare"
+    else f"of what batch size {size:,} pre-trained, there are not two batch sizes with two seeds in common"
     for _, size, *difference, _ in rows
   ]
-  lost = [f"{size:,}" for (_, size), outcome in outcomes.items() if outcome.diverged]
-  best = {
-    size: min((o.mean.value, batch) for (part, batch), o in outcomes.items() if part == name and not o.diverged)
-    for name, size, *_ in rows
-    if any(part == name and not o.diverged for (part, _), o in outcomes.items())
-  }
-  lowest = "; ".join(f"{value:.4g} at {batch:,}, pre-trained at {size:,}" for size, (value, batch) in best.items())
+  pretrained = {name: f"{size:,}" for name, size, *_ in rows}
+  lost = [f"{size:,} (pre-trained at {pretrained[part]})" for (part, size), o in outcomes.items() if o.diverged]
+  demoted = [f"{size:,}" for _, size, _, low, _, verdict in rows if low > 0 and verdict == "inconclusive"]
+  means: dict[str, list[tuple[float, int]]] = {}
+  for (part, size), outcome in outcomes.items():
+    if math.isfinite(outcome.mean.value):
+      means.setdefault(pretrained[part], []).append((outcome.mean.value, size))
+  best = {start: min(of_start) for start, of_start in means.items()}
+  lowest = "; ".join(f"{value:.4g} at {size:,}, pre-trained at {start}" for start, (value, size) in best.items())
   text = "; ".join(clauses)
+  error = "test error in percent" if metric == "test_accuracy" else "test loss"
   return (
-    f"{text[0].upper()}{text[1:]}. The lowest mean {'test error in percent' if metric == 'test_accuracy' else 'test loss'} is {lowest}."
+    f"{text[0].upper()}{text[1:]}."
+    + (f" The lowest mean {error} is {lowest}." if lowest else "")
     + (f" Left out, for seeds that diverged: batch size {', '.join(lost)}." if lost else "")
+    + (f" Left open, without a whole smallest third: pre-trained at {', '.join(demoted)}." if demoted else "")
   )

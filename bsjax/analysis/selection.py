@@ -1,7 +1,7 @@
 """Choosing records: which trials answer which question, and the numbers read off one trial."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 from bsjax.records import Record
@@ -46,6 +46,12 @@ def num_diverged(records: Iterable[Record]) -> int:
 def batch_size(record: Record) -> int:
   """Returns the examples per update of a trial."""
   return int(record.trial["config"]["batch_size"])
+
+
+def token_column(study: Mapping[str, Any], record: Record) -> dict[str, int]:
+  """Returns the tokens per update of a trial, as a column `tokens_per_batch`; none where the examples of the study are no text."""
+  tokens = study.get("tokens_per_example")
+  return {"tokens_per_batch": batch_size(record) * tokens} if tokens else {}
 
 
 def learning_rate(record: Record) -> float:

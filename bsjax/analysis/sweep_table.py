@@ -5,7 +5,7 @@ from typing import Any
 
 from bsjax.analysis.claims_steps import Sweeps
 from bsjax.analysis.quality import best_value
-from bsjax.analysis.selection import batch_size, last_metric, steps_to_target
+from bsjax.analysis.selection import batch_size, last_metric, steps_to_target, token_column
 from bsjax.analysis.steps_to_result import trial_state
 from bsjax.records import Record
 
@@ -13,8 +13,8 @@ from bsjax.records import Record
 def sweep_table(sweeps: Sweeps) -> list[dict[str, Any]]:
   """Returns one flat row for each trial, ordered by optimizer, kind, batch size, point and id; the same columns in all rows.
 
-  `state` is that of `trial_state`, `diverged_at` the step where an infeasible trial ceased to be finite. No wall times: the same study
-  gives the same table.
+  `state` is that of `trial_state`, `diverged_at` the step where an infeasible trial ceased to be finite. Texts also have
+  `tokens_per_batch`. No wall times: the same study gives the same table.
   """
   hparams = dict.fromkeys(name for _, records in sweeps.values() for r in records for name in r.trial["hparams"])
   return [
@@ -24,6 +24,7 @@ def sweep_table(sweeps: Sweeps) -> list[dict[str, Any]]:
       "kind": record.trial["kind"],
       "state": trial_state(study, record),
       "batch_size": batch_size(record),
+      **token_column(study, record),
       "seed": record.trial["seed"],
       **{name: record.trial["hparams"].get(name) for name in hparams},
       **_lengths(record.trial["config"]),

@@ -10,6 +10,7 @@ from bsjax.analysis.selection import (
   last_probe_value,
   learning_rate,
   steps_to_target,
+  token_column,
 )
 from bsjax.records import Record
 
@@ -17,8 +18,8 @@ from bsjax.records import Record
 def results_table(study: dict, records: Sequence[Record]) -> list[dict[str, Any]]:
   """Returns one flat row for each trial, ordered by kind, batch size, number of steps, learning rate, seed and id.
 
-  All rows have the same columns: id, kind, state, budgets (joined by "+"), seed, the fields of config and hparams, then the outcomes,
-  None where a trial has none. No wall times: the same study gives the same table.
+  All rows have the same columns: id, kind, state, budgets (joined by "+"), seed, the fields of config and hparams, of a text
+  tokens_per_batch, then the outcomes, None where a trial has none. No wall times: the same study gives the same table.
   """
   ordered = sorted(
     records,
@@ -42,6 +43,7 @@ def results_table(study: dict, records: Sequence[Record]) -> list[dict[str, Any]
       "seed": r.trial["seed"],
       **{name: _cell(r.trial["config"].get(name)) for name in config},
       **{name: _cell(r.trial["hparams"].get(name)) for name in hparams},
+      **token_column(study, r),
       "steps_to_target": steps_to_target(r, study["target"]),
       "validation_loss": last_metric(r, "validation_loss"),
       "validation_accuracy": last_metric(r, "validation_accuracy"),

@@ -33,7 +33,7 @@ def pretrain_page(
     "fresh seeds. What the smallest and the largest batch size pre-trained was fine-tuned in the same manner.",
     answer=f"Up to the critical batch size, does pre-training lose nothing with large batches: {pretrain_large}. Do small batches "
     f"fine-tune better: {finetune_small}.",
-    tables=[_table(name, part, records[name]) for name, part in parts.items()],
+    tables=[_table(name, part, records[name], study["starts"]) for name, part in parts.items()],
     fixed=_held_fixed(study),
   )
 
@@ -42,14 +42,15 @@ def _second_task(finetuned: Sequence[Mapping[str, Any]]) -> str:
   return finetuned[0]["workload"].split("_from_")[0]
 
 
-def _table(name: str, part: Mapping[str, Any], records: Sequence[Record]) -> Table:
+def _table(name: str, part: Mapping[str, Any], records: Sequence[Record], starts: int) -> Table:
   finals = {record.id: record for record in records if record.trial.get("kind") == "final"}
   metric = "test_loss" if name == PRETRAIN else error_metric(finals.values())
   what = (
     "Pre-training" if name == PRETRAIN else f"Fine-tuning what batch size {part['pretrain_batch_size']:,} pre-trained"
   )
+  shared = "" if name == PRETRAIN else f", which share at most {starts} pre-trained networks"
   return Table(
-    f"{what}, {part['num_epochs']:g} epochs at every batch size: means over {len(part['final_seeds'])} fresh seeds, with the 95 % "
+    f"{what}, {part['num_epochs']:g} epochs at every batch size: means over {len(part['final_seeds'])} fresh seeds{shared}, with the 95 % "
     "interval. A rate with a mark sits on the edge of its space, which was widened as often as allowed. Steps to target: the median over "
     "the seeds, and how many arrived. Trials: of the search, with those of wider spaces; how many of them diverged.",
     ("Batch size", "Arm", "Rate", "Warm-up", quantity(metric), "Validation loss", "Steps to target", "Trials"),

@@ -22,6 +22,9 @@ ROUNDING, HALF_ROUNDING = 1e-5, 2e-2
 """How far apart, relatively, two ways to compute a loss may come out: a hundred roundings of float32, five of bfloat16."""
 STANDARD_ERRORS = 5
 NAMES_SHOWN = 4
+NUDGE = 0.02
+"""Standard deviation of the noise added to initial parameters, to tell what is only stuck at first from what never matters."""
+NOT_FINITE = "look for log or sqrt of 0, a division by 0, too large initial weights"
 
 
 class Diagnosis(NamedTuple):
@@ -62,9 +65,7 @@ class Case(NamedTuple):
 
 def make_case(workload: Workload) -> Case:
   """Draws the initial parameters, and two batches without common examples where the training set allows."""
-  count = len(workload.train)
-  affordable = max(LEAST_BATCH_SIZE, BATCH_FLOPS / _loss_flops(workload))
-  size = 2 ** int(np.log2(min(BATCH_SIZE, affordable, max(1, count // 2))))
+  count, size = len(workload.train), _batch_size(workload)
   chosen = np.random.default_rng(0).permutation(count)
   batch, other = (
     {name: jnp.asarray(array) for name, array in workload.train.fetch(np.sort(half)).items()}
@@ -78,6 +79,29 @@ def make_case(workload: Workload) -> Case:
   uses_key = len(set(losses)) > 1 and bool(np.isfinite(losses).all())
   rounding = HALF_ROUNDING if "f16[" in text else ROUNDING  # of float16, and of bfloat16: "bf16["
   return Case(workload, variables, batch, other, key, train_loss, uses_key, rounding)
+
+
+def _batch_size(workload: Workload) -> int:
+  """Chooses a power of two; the smallest size of the preset where training takes no such batch, as in ghost batches of another size."""
+  affordable = max(LEAST_BATCH_SIZE, BATCH_FLOPS / _loss_flops(workload))
+  size = 2 ** int(np.log2(min(BATCH_SIZE, affordable, max(1, len(workload.train) // 2))))
+  batch = {name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype) for name, one in workload.train.spec.items()}
+  key = jax.random.key(0)
+  try:
+    jax.eval_shape(workload.train_loss, *jax.eval_shape(workload.init, key), batch, key)
+  except Exception:  # what else is wrong comes again with the other size, and is told then
+    return min(workload.preset.batch_sizes)
+  return size
+
+
+def nudged(params: Params, key: Key) -> Params:
+  """Adds normal noise of standard deviation `NUDGE` to every parameter."""
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(key, len(leaves))
+  moved = [
+    leaf + NUDGE * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
+  ]
+  return jax.tree.unflatten(structure, moved)
 
 
 def _loss_flops(workload: Workload) -> float:

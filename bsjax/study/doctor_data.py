@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from bsjax.data import Source
-from bsjax.study.diagnosis import Case, Diagnosis, listed
+from bsjax.study.diagnosis import BATCH_SIZE, Case, Diagnosis, listed
 from bsjax.train import chunked, eval_chunk, evaluate
 from bsjax.workloads import Workload
 
@@ -95,9 +95,7 @@ def check_labels(case: Case) -> Diagnosis:
   name = TOKENS if workload.tokens_per_example and LABEL not in case.batch else LABEL
   things = "tokens" if name == TOKENS else "labels"
   if workload.example_outputs is None or name not in case.batch:
-    return Diagnosis(
-      "labels", "note", f"not checked: the classes are known only with example_outputs, and an array {LABEL!r}"
-    )
+    return _check_losses(case)
   example = jax.tree.map(lambda array: array[0], case.batch)
   outputs, label = jax.eval_shape(workload.example_outputs, *case.variables, example), np.asarray(example[name])
   predicted = label[1:] if name == TOKENS else label
@@ -123,6 +121,25 @@ def check_labels(case: Case) -> Diagnosis:
     f"{at} with {splits[role][name][at]}; example_loss gives {loss:.4g} there and raises nothing: mend the {things}, or add logits"
   )
   return Diagnosis("labels", "fix", message, numbers)
+
+
+def _check_losses(case: Case) -> Diagnosis:
+  """Looks for examples without a finite loss, which is what most losses give for a label that they do not know."""
+  loss_of = functools.partial(case.workload.example_loss, *case.variables)
+  losses = jax.jit(functools.partial(jax.lax.map, loss_of, batch_size=BATCH_SIZE))
+  for role, arrays in _splits(case.workload).items():
+    first = {name: array[:MOST_EVALUATED] for name, array in arrays.items()}
+    at = np.flatnonzero(~np.isfinite(losses(first)))
+    if len(at):
+      example = {name: array[at[0]] for name, array in first.items()}
+      label = f", whose {LABEL} is {example[LABEL]}" if LABEL in example else ""
+      message = f"{len(at)} examples of {role} have no finite loss at initialisation, first example {at[0]}{label}: mend them, or the loss"
+      return Diagnosis("labels", "fix", message, {f"{role}_not_finite": float(len(at))})
+  return Diagnosis(
+    "labels",
+    "note",
+    f"each loss is finite, of the first {MOST_EVALUATED:,} of each split; the classes are known only with example_outputs",
+  )
 
 
 def check_classes(case: Case) -> Diagnosis:

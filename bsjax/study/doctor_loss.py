@@ -1,5 +1,7 @@
 """Whether the loss is what training and probes take it for: a mean over examples, a pure function, with a gradient everywhere."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsjax.probes.leaves import leaf_names
-from bsjax.study.diagnosis import Case, Diagnosis, compare, join, listed
+from bsjax.study.diagnosis import NOT_FINITE, Case, Diagnosis, compare, join, listed, nudged
 from bsjax.types import Array, Batch, Key, Params, Variables
 
 SEEDS = 3
 TINY = 1e-6
 """A gradient so much smaller than the largest of any array may be nothing but float32 rounding."""
-NUDGE = 0.02
-"""Standard deviation of the noise added to initial parameters, to tell an array without gradient from one that is only stuck at first."""
 
 
 def check_arrays(case: Case) -> Diagnosis:
@@ -57,6 +57,8 @@ def check_mean(case: Case) -> Diagnosis:
   once, twice = case.train_losses(case.batch), case.train_losses(join(case.batch, case.batch))
   found = compare(once, twice, case.rounding)
   numbers = {"loss": found.first, "loss_twice": found.second, "difference": found.difference}
+  if not np.isfinite(found.first):
+    return _not_finite("mean", "train_loss", found.first)
   if found.agrees:
     return Diagnosis("mean", "ok", f"a batch given twice changes the loss by {found.difference:.1g} of it", numbers)
   message = (
@@ -77,6 +79,9 @@ def check_example_loss(case: Case) -> Diagnosis:
   losses = jax.jit(jax.vmap(workload.example_loss, (None, None, 0)))(*case.variables, case.batch)
   found = compare(case.train_losses(case.batch), [float(np.mean(np.asarray(losses, np.float64)))], case.rounding)
   numbers = {"train_loss": found.first, "mean_example_loss": found.second, "difference": found.difference}
+  for loss, value in (("train_loss", found.first), ("the mean of example_loss", found.second)):
+    if not np.isfinite(value):
+      return _not_finite(name, loss, value)
   if found.agrees:
     return Diagnosis(name, "ok", f"train_loss is its mean, to {found.difference:.1g}", numbers)
   message = (
@@ -85,10 +90,17 @@ def check_example_loss(case: Case) -> Diagnosis:
   return Diagnosis(name, "fix", message, numbers)
 
 
+def _not_finite(name: str, loss: str, value: float) -> Diagnosis:
+  return Diagnosis(name, "fix", f"{loss} is {value} at initialisation: {NOT_FINITE}", {"loss": value})
+
+
 def check_gradients(case: Case) -> Diagnosis:
-  """Looks for gradients that are not finite, or zero for a whole parameter array, at the start of several seeds and beside it."""
+  """Looks for gradients that are not finite, or zero for a whole parameter array, at the start of several seeds and beside it.
+
+  Those of the training loss, and, at the initial parameters, whether those of `example_loss` are finite.
+  """
   name, leaves = "gradients", leaf_names(case.variables.params)
-  at_start, beside = _largest_entries(case)
+  at_start, beside, of_examples = _largest_entries(case)
 
   def those(chosen: Any) -> list[str]:
     return [leaf for leaf, at in zip(leaves, chosen, strict=True) if at]
@@ -97,12 +109,21 @@ def check_gradients(case: Case) -> Diagnosis:
     np.asarray(found <= TINY * found.max(axis=1, keepdims=True)).all(axis=0) for found in (at_start, beside)
   )
   bad = those(~np.isfinite(at_start).all(axis=0))
+  bad_in_probes = those(~np.isfinite(of_examples).all(axis=0))
   dead = those(((at_start == 0) & (beside == 0)).all(axis=0))
   rounding, stuck = those(small_at_start & small_beside), those(small_at_start & ~small_beside)
-  numbers = {"seeds": SEEDS, "not_finite": len(bad), "zero": len(dead), "rounding": len(rounding), "stuck": len(stuck)}
-  if bad:
-    message = f"not finite at initialisation: {listed(bad)}; look for log or sqrt of 0, a division by 0, too large initial weights"
-    return Diagnosis(name, "fix", message, numbers)
+  numbers = {
+    "seeds": SEEDS,
+    "not_finite": len(bad or bad_in_probes),
+    "zero": len(dead),
+    "rounding": len(rounding),
+    "stuck": len(stuck),
+  }
+  if bad or bad_in_probes:
+    whose = "" if bad else " in example_loss"
+    return Diagnosis(
+      name, "fix", f"not finite at initialisation{whose}: {listed(bad or bad_in_probes)}; {NOT_FINITE}", numbers
+    )
   if dead:
     message = f"zero: {listed(dead)}; the loss does not depend on them: use them, or leave them out of params"
     return Diagnosis(name, "fix", message, numbers)
@@ -117,27 +138,30 @@ def check_gradients(case: Case) -> Diagnosis:
   return Diagnosis(name, "ok", f"finite and not zero for all {len(leaves)} arrays, at {SEEDS} seeds", numbers)
 
 
-def _largest_entries(case: Case) -> tuple[np.ndarray, np.ndarray]:
-  """Returns max |dL/dp| of every parameter array p, f[seeds, arrays]: at the initial parameters of some seeds, and at those with noise."""
+def _largest_entries(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns max |dL/dp| of every parameter array p, f[seeds, arrays]: at the initial parameters of some seeds, and at those with noise,
+  of the training loss; at the former, of the mean of `example_loss`."""
+  workload, model_state = case.workload, case.variables.model_state
 
-  def largest(params: Params) -> Array:
-    grads = jax.grad(
-      lambda params: case.workload.train_loss(params, case.variables.model_state, case.batch, case.key)[0]
-    )(params)
-    return jnp.stack([jnp.max(jnp.abs(grad), initial=0) for grad in jax.tree.leaves(grads)])
+  def train_loss(params: Params) -> Array:
+    return workload.train_loss(params, model_state, case.batch, case.key)[0]
+
+  def example_losses(params: Params) -> Array:
+    if workload.batch_norm not in ("none", "running"):
+      return jnp.float32(0)  # no loss of one example exists
+    return jnp.mean(jax.vmap(workload.example_loss, (None, None, 0))(params, model_state, case.batch))
+
+  def largest(loss: Callable[[Params], Array], params: Params) -> Array:
+    return jnp.stack([jnp.max(jnp.abs(grad), initial=0) for grad in jax.tree.leaves(jax.grad(loss)(params))])
 
   @jax.jit
-  def measure(params: Params, key: Key) -> tuple[Array, Array]:
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    moved = [
-      leaf + NUDGE * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return largest(params), largest(jax.tree.unflatten(structure, moved))
+  def measure(params: Params, key: Key) -> tuple[Array, Array, Array]:
+    return largest(train_loss, params), largest(train_loss, nudged(params, key)), largest(example_losses, params)
 
   seeds = jax.random.split(case.key, SEEDS)
-  measured = [jax.device_get(measure(case.workload.init(key).params, key)) for key in seeds]
-  return np.stack([at_start for at_start, _ in measured]), np.stack([beside for _, beside in measured])
+  measured = [jax.device_get(measure(workload.init(key).params, key)) for key in seeds]
+  at_start, beside, of_examples = (np.stack(found) for found in zip(*measured, strict=True))
+  return at_start, beside, of_examples
 
 
 def check_key(case: Case) -> Diagnosis:
@@ -149,9 +173,12 @@ def check_key(case: Case) -> Diagnosis:
     losses = jax.vmap(workload.example_loss, (None, None, 0))(*variables, batch)
     return jax.tree.leaves((workload.init(key), gradient, losses))
 
-  # A function of its own for each: jit would find the program of a function that it knows.
-  programs = [jax.jit(lambda *arguments: everything(*arguments)) for _ in range(2)]
-  first, again = (jax.device_get(program(case.variables, case.batch, case.key)) for program in programs)
+  # A function of its own for each: jit would find the program of a function that it knows. A jit inside of them remembers what it has
+  # traced, a numpy draw included, but only under one configuration of JAX; this one changes nothing but warnings.
+  first = jax.device_get(jax.jit(lambda *arguments: everything(*arguments))(case.variables, case.batch, case.key))
+  with jax.numpy_rank_promotion("warn"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    again = jax.device_get(jax.jit(lambda *arguments: everything(*arguments))(case.variables, case.batch, case.key))
   differ = sum(a.tobytes() != b.tobytes() for a, b in zip(first, again, strict=True))
   numbers = {"arrays": len(first), "differ": differ, "uses_key": float(case.uses_key)}
   if differ:
@@ -162,7 +189,7 @@ def check_key(case: Case) -> Diagnosis:
 
 
 def check_batch_norm(case: Case) -> Diagnosis:
-  """Compares the stated batch norm with the model state, and with how an example's loss depends on its neighbours."""
+  """Compares the stated batch norm with the model state, with how an example's loss depends on its neighbours and on that state."""
   name, mode = "batch_norm", case.workload.batch_norm
   # Each half twice: all three batches are equally large, so that a sum over examples is not taken for batch norm.
   halves = [case.train_losses(join(half, half)) for half in (case.batch, case.other)]
@@ -173,6 +200,8 @@ def check_batch_norm(case: Case) -> Diagnosis:
     (np.asarray(old) != np.asarray(new)).any() for old, new in zip(arrays, jax.tree.leaves(after), strict=True)
   )
   numbers = {"difference": found.difference, "state_arrays": len(arrays), "state_moves": float(moved)}
+  if not np.isfinite(found.first):
+    return _not_finite(name, "train_loss", found.first)
   if mode == "none" and not found.agrees:
     message = (
       f"the loss of a batch is {found.difference:.1g} away from that of its halves: it depends on which examples come together, "
@@ -184,6 +213,11 @@ def check_batch_norm(case: Case) -> Diagnosis:
     message = f"batch_norm is {mode!r}, but model_state is empty: return the statistics from init and train_loss, or state 'none'"
   elif mode == "running" and not moved:
     message = "batch_norm is 'running', but train_loss returns model_state unchanged: return the new running statistics"
+  elif mode == "running" and not _example_loss_sees_state(case):
+    message = (
+      "batch_norm is 'running', but example_loss does not change with model_state: normalise with the running averages there, as "
+      "train=False does in most libraries"
+    )
   elif mode != "running" and mode != "none":
     message = f"{mode!r}: trains, but no loss of one example exists, so that probes refuse it; 'running' evaluates with running averages"
     return Diagnosis(name, "note", message, numbers)
@@ -195,3 +229,16 @@ def check_batch_norm(case: Case) -> Diagnosis:
     )
     return Diagnosis(name, "ok", f"{mode!r}: {stated}", numbers)
   return Diagnosis(name, "fix", message, numbers)
+
+
+def _example_loss_sees_state(case: Case) -> bool:
+  """Tells whether another model state changes a loss; beside the initial parameters, where a last layer of zeros hides nothing."""
+  params = nudged(case.variables.params, case.key)
+  losses = jax.jit(jax.vmap(case.workload.example_loss, (None, None, 0)))
+
+  def other(leaf: Array) -> Array:
+    return 2 * leaf + 1 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+  model_state = case.variables.model_state
+  here, there = (losses(params, state, case.batch) for state in (model_state, jax.tree.map(other, model_state)))
+  return bool((here != there).any())

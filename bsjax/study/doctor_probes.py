@@ -5,7 +5,7 @@ import numpy as np
 
 from bsjax.probes import ghost_norms, ghost_routes, per_example_grads
 from bsjax.probes.leaves import leaf_sq_norms
-from bsjax.study.diagnosis import Case, Diagnosis, compare, listed
+from bsjax.study.diagnosis import NOT_FINITE, Case, Diagnosis, compare, listed
 from bsjax.types import Array, Batch, Example, ModelState, Params
 
 COMPARED = 4
@@ -32,6 +32,8 @@ def check_ghost_norms(case: Case) -> Diagnosis:
 
   routes = ghost_routes(loss_fn, params, examples)
   ghost, exact = jax.device_get(jax.jit(both)(params, examples))
+  if not all(np.isfinite(norms).all() for norms in exact.values()):
+    return Diagnosis("ghost norms", "fix", f"gradients of example_loss are not finite at initialisation: {NOT_FINITE}")
   total = np.maximum(np.sum(list(exact.values()), axis=0), np.finfo(np.float32).tiny)
   apart = max(float(np.max(np.abs(ghost[leaf] - exact[leaf]) / total)) for leaf in exact)
   fallen = {leaf: route.removeprefix("vmap: ") for leaf, route in routes.items() if route.startswith("vmap")}

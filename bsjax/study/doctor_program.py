@@ -1,5 +1,6 @@
 """What the compiled training step costs before it runs: compilations and bytes."""
 
+import math
 import os
 from typing import Any
 
@@ -51,10 +52,16 @@ def check_compilations(case: Case) -> Diagnosis:
 
 
 def check_memory(case: Case) -> Diagnosis:
-  """Reads the bytes of one training step off the program compiled for three batch sizes of the preset; none is run."""
+  """Reads the bytes of one training step off the program compiled for three batch sizes; none is run.
+
+  They are the smallest, middle and largest of the preset, of fewer than three filled up by doubling the largest. Only one of the preset
+  can be too large.
+  """
   workload = case.workload
   preset = sorted(set(workload.preset.batch_sizes))
   sizes = sorted({preset[0], preset[len(preset) // 2], preset[-1]})
+  while len(sizes) < 3:
+    sizes.append(2 * sizes[-1])
   needed = [step_bytes(workload, size) for size in sizes]
   known = [(size, count) for size, count in zip(sizes, needed, strict=True) if count is not None]
   if not known:
@@ -68,7 +75,7 @@ def check_memory(case: Case) -> Diagnosis:
     return Diagnosis("memory", "note", f"{told}; the memory of this device is not known", numbers)
   numbers["device_bytes"] = float(limit)
   told = f"{told}, the device has {readable(limit)}"
-  largest, most = known[-1]
+  largest, most = [pair for pair in known if pair[0] <= preset[-1]][-1]
   if most + data > limit:
     message = f"{told}: too much at {largest:,}; leave it out of preset.batch_sizes"
     return Diagnosis("memory", "fix", message, numbers)
@@ -108,23 +115,29 @@ def device_bytes() -> int | None:
 
 
 def largest_batch(known: list[tuple[int, int]], limit: int) -> tuple[float, float] | None:
-  """Extrapolates bytes m(B) known at three batch sizes to the largest batch that fits in `limit`.
+  """Extends bytes m(B) known at three batch sizes to the largest batch that fits in `limit`.
 
-      B = B_3 + (limit - m_3) / slope,        slope from (m_3 - m_2) / (B_3 - B_2) and (m_2 - m_1) / (B_2 - B_1)
+      B = B_i + (limit - m_i) / slope,        slope from (m_3 - m_2) / (B_3 - B_2) and (m_2 - m_1) / (B_2 - B_1)
+
+  where B_i is the largest of the three that fits.
 
   Args:
     known: (batch size, bytes), ascending.
 
   Returns:
-    The results of the larger and of the smaller slope; None, a refusal, with fewer than three sizes, or where the slopes are
-    not positive or more than `LINEAR_FACTOR` apart: then the bytes do not grow linearly between the known sizes, and nothing is known
-    beyond them.
+    The results of the larger and of the smaller slope, at most a size that does not fit; None, a refusal, with fewer than three sizes,
+    where none fits, or where the slopes are not positive or more than `LINEAR_FACTOR` apart: then the bytes do not grow linearly between
+    the known sizes, and nothing is known beyond them.
   """
   slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(known, known[1:], strict=False)]
   if len(slopes) < 2 or min(slopes) <= 0 or max(slopes) > LINEAR_FACTOR * min(slopes):
     return None
-  size, count = known[-1]
-  return size + (limit - count) / max(slopes), size + (limit - count) / min(slopes)
+  fitting = [pair for pair in known if pair[1] <= limit]
+  if not fitting:
+    return None
+  size, count = fitting[-1]
+  too_large = min((size for size, count in known if count > limit), default=math.inf)
+  return size + (limit - count) / max(slopes), min(too_large, size + (limit - count) / min(slopes))
 
 
 def readable(count: float) -> str:

@@ -107,8 +107,8 @@ def _check(plan: Plan, train_size: int) -> None:
 
 
 def workload_facts(workload: Workload) -> dict[str, Any]:
-  """Describes a workload in `study.json`, for an analysis that sees nothing else."""
-  return {
+  """Describes a workload in `study.json`, for an analysis that sees nothing else; of a text, also the tokens of an example."""
+  facts = {
     "workload": workload.name,
     "dataset": workload.train.name,
     "train_size": len(workload.train),
@@ -117,6 +117,7 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
     "num_params": num_params(workload),
     "batch_norm": workload.batch_norm,
   }
+  return facts | ({"tokens_per_example": workload.tokens_per_example} if workload.tokens_per_example else {})
 
 
 def budget_steps(plan: Plan, budget: str, *, batch_size: int, train_size: int) -> int:

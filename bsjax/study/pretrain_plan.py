@@ -10,7 +10,7 @@ from bsjax.workloads.transfer import Transfer
 PRETRAIN_ARMS = ("adamw_warmup_cosine", "lamb_warmup_cosine")
 """What the advice asks for at large batches: a warm-up, a cosine, and AdamW or LAMB."""
 FINETUNE_ARM = "adamw_warmup_cosine"
-FINETUNE_BATCH_SIZES = (4, 16, 64, 256)
+FINETUNE_BATCH_SIZES = (4, 16, 64, 256, 1024)
 MOST_STARTS = 4
 """So many pre-trained networks of a kind are starts of fine-tuning, at most: each seed draws one."""
 NOISE_AT = 0.5

@@ -44,7 +44,10 @@ def load_function(source: str, name: str) -> Callable[..., Any]:
 
 
 def _run_file(path: Path) -> ModuleType:
-  """Runs a file as a module of its own, registered so that dataclasses and pickle find it."""
+  """Runs a file as a module of its own, registered so that dataclasses and pickle find it; it may import its neighbours.
+
+  Their folder is looked in last, so that no name of theirs hides another module.
+  """
   if not path.is_file():
     raise ValueError(f"{str(path)!r} is not a Python file: give {OWN_WORKLOAD}")
   spec = importlib.util.spec_from_file_location(f"bsjax_user_{path.stem}", path)
@@ -52,6 +55,9 @@ def _run_file(path: Path) -> ModuleType:
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module
+  folder = str(path.resolve().parent)
+  if folder not in sys.path:
+    sys.path.append(folder)
   try:
     call_own("the file", spec.loader.exec_module, module)
   except ValueError:

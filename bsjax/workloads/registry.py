@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from bsjax.data import DataError
+from bsjax.workloads.check import check_workload
 from bsjax.workloads.further import f2_substitute, svhn_autoencoder
 from bsjax.workloads.own_code import OWN_WORKLOAD, call_own, check_signature, load_function, source_path
 from bsjax.workloads.quadratic import quadratic
 from bsjax.workloads.text import TEXTS, text_workload
 from bsjax.workloads.vision import RECIPES, vision_workload
-from bsjax.workloads.workload import Workload, check_workload
+from bsjax.workloads.workload import Workload
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
   **{name: functools.partial(vision_workload, name) for name in RECIPES},
@@ -39,7 +40,8 @@ def load_workload(
       from the current folder first. It is called with those of `data_dir`, `manual_dir` and `fake_data` that it takes. The code is run:
       give only what you trust.
     data_dir, manual_dir: where data sets are prepared, and where raw files lie already.
-    fake_data: random data of the right shapes instead, without any file; the workload's name then begins with "fake_".
+    fake_data: random data of the right shapes instead, without any file; the workload's name then begins with "fake_". What is made here
+      (`f2_substitute`, `quadratic`) needs none and stays as it is.
 
   Raises:
     ValueError: fake data of a function of yours that takes no `fake_data`; unknown name, missing file, module or function, code that

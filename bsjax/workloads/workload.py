@@ -1,15 +1,14 @@
 """`Workload`: a model, its data, its loss and its target, as one frozen value."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bsjax.data import RecordSource, Source
 from bsjax.types import Array, Batch, Example, Key, Metrics, ModelState, Params, Variables
-from bsjax.workloads.own_code import call_own
 
 BatchNorm = Literal["none", "running", "batch", "ghost"]
 """Which statistics `example_loss` normalises with: "batch" and "ghost" are those of whatever batch is given, so that the loss of one
@@ -108,54 +107,3 @@ def num_params(workload: Workload) -> int:
   """Counts the trainable parameters, P, without computing any."""
   shapes = jax.eval_shape(workload.init, jax.random.key(0))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-
-
-def check_workload(workload: Any, origin: str) -> Workload:
-  """Checks what a user's function returned, from shapes alone.
-
-  Raises:
-    ValueError: not a `Workload`, a split that is empty, no `Source` or of arrays of different lengths, functions that fail,
-      `init` without `Variables`, example losses that are not scalars, half of the two parts of the loss, or a target that
-      `example_metrics` does not return.
-  """
-  if not isinstance(workload, Workload):
-    raise ValueError(f"{origin} returned {type(workload).__name__}, wanted a bsjax.workloads.Workload")
-  for split in (workload.train, workload.validation, workload.test):
-    if not isinstance(split, Source | RecordSource):
-      raise ValueError(f"{origin}: a split is of type {type(split).__name__}, wanted a bsjax.data.Source")
-    if isinstance(split, Source):
-      lengths = {name: len(array) for name, array in split.arrays.items()}
-      if len(set(lengths.values())) != 1:
-        raise ValueError(
-          f"{origin}: split {split.split!r} of {split.name!r} has arrays of lengths {lengths}, wanted at least one array, all of one length"
-        )
-    if len(split) == 0:
-      raise ValueError(f"{origin}: split {split.split!r} of {split.name!r} is empty, wanted at least one example")
-  example: Mapping[str, Any] = {
-    name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in workload.train.spec.items()
-  }
-
-  def shapes_of(name: str, *arguments: Any) -> Any:
-    try:
-      return call_own(name, jax.eval_shape, getattr(workload, name), *arguments)
-    except ValueError as error:
-      raise ValueError(f"{origin}: {error}") from error
-
-  variables = shapes_of("init", jax.random.key(0))
-  if not isinstance(variables, Variables):
-    raise ValueError(
-      f"{origin}: init returned {type(variables).__name__}, wanted bsjax.types.Variables(params, model_state)"
-    )
-  loss = shapes_of("example_loss", variables.params, variables.model_state, example)
-  if getattr(loss, "shape", None) != ():
-    raise ValueError(
-      f"{origin}: example_loss returned shape {getattr(loss, 'shape', None)}, wanted a scalar () for one example"
-    )
-  if (workload.example_outputs is None) != (workload.output_loss is None):
-    raise ValueError(f"{origin}: example_outputs and output_loss belong together: give both, or neither")
-  metrics = shapes_of("example_metrics", variables.params, variables.model_state, example)
-  if workload.target.metric.removeprefix("validation_") not in metrics:
-    raise ValueError(
-      f"{origin}: target metric {workload.target.metric!r} is not validation_ + one of {sorted(metrics)}, which example_metrics returns"
-    )
-  return workload

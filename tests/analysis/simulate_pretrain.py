@@ -23,39 +23,45 @@ def world(
   diverged=None,
   parts=FINETUNE,
   better="adamw_warmup_cosine",
+  arms=ARMS,
+  start_spread=0.0,
 ):
   """Returns the description and the records, by part.
 
   Args:
-    losses, errors: by batch size; `errors_large` of fine-tuning what the largest batch size pre-trained, where they differ.
+    losses, errors: by batch size; the batch sizes of `errors` are those of fine-tuning. `errors_large`: of fine-tuning what the largest
+      batch size pre-trained, where they differ.
     noise: the noise scale in the middle of pre-training at the smallest batch size, varying by a factor of 1.1; None: not measured.
     spread: standard deviation over seeds, of losses and errors alike.
     diverged: number of final seeds that diverged, by (part, arm, batch size).
     parts: of fine-tuning, that were reached.
     better: the arm with the lowest validation loss, whose losses are `losses`.
+    arms: of pre-training.
+    start_spread: standard deviation over the pre-trained networks, of which each seed of fine-tuning draws one of four at every batch size.
   """
   diverged = diverged or {}
   records, described = {}, {}
   for part in (PRETRAIN, *parts):
     first = part == PRETRAIN
-    sizes, arms = (SIZES, ARMS) if first else (FINETUNE_SIZES, ARMS[:1])
-    of_large = errors_large if part == FINETUNE[1] and errors_large is not None else errors
+    of_part = errors_large if part == FINETUNE[1] and errors_large is not None else errors
+    sizes, trained = (SIZES, arms) if first else (tuple(of_part), ARMS[:1])
     means = {
-      (arm, size): (losses[size] * (1.0 if arm == better else 1.5) if first else of_large[size])
+      (arm, size): (losses[size] * (1.0 if arm == better else 1.5) if first else of_part[size])
       for size in sizes
-      for arm in arms
+      for arm in trained
     }
     records[part], tuned = [], {str(size): {} for size in sizes}
     for (arm, size), mean in means.items():
       finals = []
       for number, seed in enumerate(seeds):
+        start = 0.0 if first else start_spread * simulate._luck(part, "start", number % 4)
         lost = number < diverged.get((part, arm, size), 0)
         final = simulate.record(
           "final",
           arm,
           size,
           seed,
-          error=mean + spread * simulate._luck(part, arm, size, seed),
+          error=mean + start + spread * simulate._luck(part, arm, size, seed),
           state="diverged" if lost else "complete",
           accuracy=accuracy and not first,
         )
@@ -83,7 +89,7 @@ def world(
       "num_params": 100,
       "target": {"metric": "validation_accuracy", "goal": 0.9, "direction": "max"},
       "batch_sizes": list(sizes),
-      "arms": {arm: {"optimizer": arm.split("_")[0], "weight_decay": 0.01} for arm in arms},
+      "arms": {arm: {"optimizer": arm.split("_")[0], "weight_decay": 0.01} for arm in trained},
       "num_epochs": simulate.EPOCHS,
       "num_trials": 16,
       "final_seeds": list(seeds),

@@ -151,3 +151,16 @@ def test_the_results_table_is_flat_deterministic_and_without_wall_times():
   assert (complete["budgets"], complete["probes"], diverged["probes"]) == ("steps", "test+sharpness", None)
   outcomes = ("batch_size", "learning_rate", "steps_to_target", "test_accuracy", "sharpness")
   assert [complete[name] for name in outcomes] == [2, 0.1, 40, 0.9, 3.0]
+
+
+def test_the_results_table_of_a_text_counts_tokens():
+  """Sequences of 64 predictions; of a trial that left no rows too. Without tokens in the study, the table has no such column."""
+  study = simulate.make_study()
+  records = [
+    *simulate.timing_trials(lambda size: 10.0 * size, batch_sizes=(2,)),
+    simulate.train_record(4, simulate.STEPS, 100),
+  ]
+  plain, text = results_table(study, records), results_table(study | {"tokens_per_example": 64}, records)
+  assert "tokens_per_batch" not in plain[0]
+  assert [row.pop("tokens_per_batch") for row in text] == [2 * 64, 4 * 64]
+  assert text == plain

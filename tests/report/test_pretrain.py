@@ -30,6 +30,10 @@ def test_every_part_has_a_table_of_all_its_arms():
   assert finetuned[0].rows[0][4][0] == pytest.approx(ERRORS[4], abs=0.02)
   assert "what batch size 8 pre-trained" in finetuned[0].caption
   assert "what batch size 256 pre-trained" in finetuned[1].caption
+  assert (
+    "over 8 fresh seeds, which share at most 4 pre-trained networks, with the 95 % interval" in finetuned[0].caption
+  )
+  assert "over 8 fresh seeds, with the 95 % interval" in first.caption
 
 
 def test_the_question_names_both_tasks_and_what_was_fixed_tells_of_the_head():

@@ -142,6 +142,15 @@ def test_what_is_not_at_its_default_is_told(sweeps):
   assert "centred by the rule 'noise (noise scale 80)'" in fixed["Search"]
 
 
+def test_the_table_of_trials_of_a_text_counts_tokens(sweeps):
+  of_text = {
+    name: SweepRecords(sweep.study | {"tokens_per_example": 64}, sweep.records) for name, sweep in sweeps.items()
+  }
+  rows = sweep_table(of_text)
+  assert all(row.pop("tokens_per_batch") == 64 * row["batch_size"] for row in rows)
+  assert rows == sweep_table(sweeps)
+
+
 def test_the_table_of_trials_is_tidy(sweeps):
   rows = sweep_table(sweeps)
   assert len(rows) == sum(r.trial["kind"] != "timing" for sweep in sweeps.values() for r in sweep.records)

@@ -155,6 +155,36 @@ def test_too_large_a_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
   assert found.numbers["bytes_at_32"] + found.numbers["data_bytes"] > 5000
 
 
+@pytest.mark.parametrize(
+  ("sizes", "compiled"),
+  [((8,), (8, 16, 32)), ((32, 8), (8, 32, 64)), ((8, 8), (8, 16, 32)), ((8, 16, 32, 64), (8, 32, 64))],
+)
+def test_a_preset_of_few_batch_sizes_is_filled_up_to_three(sizes, compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+  """100 bytes an example beside 1,000 of parameters: a device of 10,000 bytes beside the data holds 90 examples."""
+  workload = broken(preset=good().preset._replace(batch_sizes=sizes))
+  data = workload.train.nbytes + workload.validation.nbytes
+  monkeypatch.setattr(bsjax.study.doctor_program, "step_bytes", lambda workload, size: 1000 + 100 * size)
+  monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: 10_000 + data)
+  found = diagnose("memory", workload)
+  assert found.status == "ok"
+  assert found.numbers.keys() >= {f"bytes_at_{size}" for size in compiled}
+  assert sum(name.startswith("bytes_at") for name in found.numbers) == 3
+  assert (found.numbers["largest_batch_low"], found.numbers["largest_batch_high"]) == (90, 90)
+
+
+def test_only_a_batch_size_of_the_preset_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+  """1,800 bytes at 8, 2,600 at 16, 4,200 at 32: with a preset of 8 alone, a device that holds 2,000 is large enough."""
+  data = good().train.nbytes + good().validation.nbytes
+  monkeypatch.setattr(bsjax.study.doctor_program, "step_bytes", lambda workload, size: 1000 + 100 * size)
+  monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: 2000 + data)
+  one, all_three = (broken(preset=good().preset._replace(batch_sizes=sizes)) for sizes in ((8,), (8, 16, 32)))
+  found = diagnose("memory", one)
+  assert (found.status, found.numbers["largest_batch_low"], found.numbers["largest_batch_high"]) == ("ok", 10, 10)
+  assert "too much at 32; leave it out" in diagnose("memory", all_three).message
+  monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: 1700 + data)
+  assert "too much at 8; leave it out of preset.batch_sizes" in diagnose("memory", one).message
+
+
 def test_an_unknown_device_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(bsjax.study.doctor_program, "device_bytes", lambda: None)
   assert diagnose("memory", good()).status == "note"
@@ -185,6 +215,13 @@ def test_this_machine_tells_its_memory() -> None:
     ([(1, 110), (11, 210), (21, 330)], 1530, (121, 141)),  # 10 and 12 bytes
     ([(1, 110), (11, 210), (21, 420)], 9999, None),  # 10 and 21 bytes: not linear
     ([(1, 110), (11, 110), (21, 310)], 9999, None),
+    (
+      [(1, 110), (11, 210), (21, 330)],
+      270,
+      (16, 17),
+    ),  # between the last two: from the second, 60 more bytes of 12 or 10
+    ([(1, 110), (11, 210), (21, 410)], 390, (20, 21)),  # no more than the size that is known not to fit
+    ([(1, 110), (11, 210), (21, 310)], 100, None),
     ([(1, 110), (21, 310)], 9999, None),  # two points are on a line, whatever the truth
   ],
 )

@@ -73,6 +73,10 @@ def metrics_with(**more: Callable[..., Any]) -> Callable[..., Any]:
   return example_metrics
 
 
+def rooted(params, model_state, example):
+  return good().example_loss(params, model_state, example) + jnp.sum(jnp.sqrt(params["z"]))
+
+
 def impure(params, model_state, example):
   return good().example_loss(params, model_state, example) * np.random.default_rng().uniform(1, 2)
 
@@ -136,7 +140,51 @@ BROKEN: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     lambda: {"init": with_params(w=lambda: np.random.default_rng().normal(size=(FEATURES, HIDDEN)).astype("f4"))},
     "differ between two runs with one key",
   ),
+  "numpy's randomness in an init that is compiled": (
+    "key",
+    lambda: {"init": jax.jit(with_params(w=lambda: np.random.default_rng().normal(size=(FEATURES, HIDDEN)).astype("f4")))},
+    "differ between two runs with one key",
+  ),
+  "numpy's randomness in a loss that is compiled": (
+    "key",
+    lambda: {"train_loss": jax.jit(mean_plus(lambda params, batch: np.random.default_rng().uniform()))},
+    "differ between two runs with one key",
+  ),
   "numpy's randomness in the example's loss": ("key", lambda: {"example_loss": impure}, "differ between two runs"),
+  "a loss that is no number": (
+    "mean",
+    lambda: {"train_loss": mean_plus(lambda params, batch: jnp.nan)},
+    "train_loss is nan at initialisation: look for log or sqrt of 0",
+  ),
+  "a loss that is no number, of examples": (
+    "example_loss",
+    lambda: {"example_loss": lambda p, s, e: good().example_loss(p, s, e) + jnp.nan},
+    "the mean of example_loss is nan at initialisation",
+  ),
+  "a loss that is no number is no batch norm": (
+    "batch_norm",
+    lambda: {"train_loss": mean_plus(lambda params, batch: jnp.nan)},
+    "train_loss is nan at initialisation",
+  ),
+  "a gradient that is no number, of examples": (
+    "gradients",
+    lambda: {"example_loss": rooted, "init": with_params(z=lambda: jnp.zeros(2))},
+    "not finite at initialisation in example_loss: z; look for log or sqrt of 0",
+  ),
+  "norms that are no numbers": (
+    "ghost norms",
+    lambda: {"example_loss": rooted, "init": with_params(z=lambda: jnp.zeros(2))},
+    "gradients of example_loss are not finite at initialisation",
+  ),
+  "running statistics that no example's loss sees": (
+    "batch_norm",
+    lambda: {
+      "init": lambda key: Variables(init(key).params, {"mean": jnp.zeros(2)}),
+      "train_loss": lambda p, s, b, k: (normalised(p, s, b, k)[0], {"mean": s["mean"] + 1}),
+      "batch_norm": "running",
+    },
+    "example_loss does not change with model_state: normalise with the running averages",
+  ),
   "batch norm that is not stated": ("batch_norm", lambda: {"train_loss": normalised}, "which examples come together"),
   "statistics that are not stated": (
     "batch_norm",
@@ -179,6 +227,11 @@ BROKEN: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     "labels",
     lambda: altered("validation", label=lambda y: np.where(np.arange(16) == 7, 3, y)),
     "1 examples have labels outside 0 to 2, first validation example 7 with 3; example_loss gives nan there",
+  ),
+  "a label too large, without logits": (
+    "labels",
+    lambda: altered("validation", label=lambda y: np.where(np.arange(16) == 7, 3, y)) | {"example_outputs": None, "output_loss": None},
+    "1 examples of validation have no finite loss at initialisation, first example 7, whose label is 3: mend them",
   ),
   "a label below zero": ("labels", lambda: altered("train", label=lambda y: y - 1), "first train example 0 with -1; exam"),
   "a token without a logit": (
@@ -282,7 +335,7 @@ NOTES: dict[str, tuple[str, Callable[[], dict[str, Any]], str, str]] = {
     "2 in train, of 22 to 42 examples; always guessing the largest scores 0.656; labels 2 are never trained on",
   ),
   "tokens of the vocabulary": ("labels", lambda: spoken(4), "ok", "all within 0 to 4"),
-  "labels without logits": ("labels", lambda: {"example_outputs": None, "output_loss": None}, "note", "not checked"),
+  "labels without logits": ("labels", lambda: {"example_outputs": None, "output_loss": None}, "note", "each loss is finite"),
   "no Gauss-Newton": ("Gauss-Newton", lambda: {"example_outputs": None, "output_loss": None}, "note", "not measured"),
   "a parameter that falls back to vmap": (
     "ghost norms",
@@ -298,3 +351,14 @@ def test_what_is_good_to_know_is_not_to_be_fixed(check: str, changes, status: st
   found = diagnose(check, broken(**changes()))
   assert message in found.message
   assert found.status == status
+
+
+def test_ghost_batches_of_any_size_are_examined():
+  """Of 24 of the training set's 64: no power of two is a multiple."""
+
+  def train_loss(params, model_state, batch, key):
+    assert len(batch["label"]) % 24 == 0, "not a multiple of 24"
+    return jnp.mean(losses(params, batch)), model_state
+
+  workload = broken(train_loss=train_loss, preset=Preset(batch_sizes=(24, 48), base_learning_rate=0.1))
+  assert diagnose("mean", workload).status == "ok"

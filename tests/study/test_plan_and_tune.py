@@ -7,7 +7,7 @@ import pytest
 
 from bsjax.records import Record
 from bsjax.study import make_plan
-from bsjax.study.plan import Plan, budget_steps, eval_every, first_rates, make_config
+from bsjax.study.plan import Plan, budget_steps, eval_every, first_rates, make_config, workload_facts
 from bsjax.study.tune import MOST_WIDENINGS, tune_rate
 from bsjax.workloads import load_workload
 
@@ -131,3 +131,9 @@ def test_a_diverging_grid_is_widened_downwards() -> None:
   assert choice.learning_rate == 0.25
   assert choice.edge is None
   assert grid[0] == 0.125
+
+
+def test_only_facts_of_a_text_count_its_tokens() -> None:
+  facts = {name: workload_facts(load_workload(name, fake_data=True)) for name in ("shakespeare_lm", "digits_mlp")}
+  assert facts["shakespeare_lm"].pop("tokens_per_example") == 64
+  assert facts["shakespeare_lm"].keys() == facts["digits_mlp"].keys()

@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", list(sys.path))
   yield tmp_path
-  for name in [name for name in sys.modules if name.split(".")[0] in ("package", "mine")]:
+  for name in [name for name in sys.modules if name.split(".")[0] in ("package", "mine", "neighbour")]:
     del sys.modules[name]
 
 
@@ -112,6 +112,24 @@ def test_bad_file_is_one_line(text: str, message: str, folder: Path, capsys, mon
     (("return Variables(", "return dict("), "init returned dict, wanted bsjax.types.Variables(params, model_state)"),
     (('"label"])\n\n\ndef example_m', '"label"])[None]\n\n\ndef example_m'), "example_loss returned shape (1,), wanted a sc"),
     (("target=target", "output_loss=example_loss, target=target"), "example_outputs and output_loss belong together"),
+    (('"validation_accuracy"', '"accuracy"'), "target metric 'accuracy' is not validation_ + one of ['accuracy', 'loss']"),
+    (('"max"', '"higher"'), "target.direction='higher', wanted 'max' or 'min'"),
+    (("0.93", "float('nan')"), "target.goal=nan, wanted a finite number"),
+    (("target=target", "target='accuracy'"), "target is of type str, wanted a bsjax.workloads.Target"),
+    (("preset=preset", "preset={}"), "preset is of type dict, wanted a bsjax.workloads.Preset"),
+    (("(1, 8, 64, 512)", "()"), "preset has batch_sizes=() and reference_batch_size=32, wanted whole numbers from 1"),
+    (("(1, 8, 64, 512)", "(8.0, 64.0)"), "preset has batch_sizes=(8.0, 64.0)"),
+    (("target=target", "batch_norm='Running', target=target"), "batch_norm='Running', wanted one of none, running, batch"),
+    (("mean_train_loss(example_loss)", "None"), "train_loss is None, wanted a function"),
+    (("mean_train_loss(example_loss)", "lambda p, s, b, k: p['b'][0]"), "train_loss returned shape (), wanted (mean loss"),
+    (("mean_train_loss(example_loss)", "lambda p, s, b, k: (p, s, k)"), "train_loss returned 3 values, wanted (mean loss"),
+    (("mean_train_loss(example_loss)", "lambda p, s, b, k: b['images']"), "train_loss failed with KeyError: 'images'"),
+    (("mean_train_loss(example_loss)", "lambda p, s, b, k: (p['b'], s)"), "train_loss returned shape (10,), wanted a scal"),
+    (('"b": jnp.zeros(10)', '"b": 0.0'), "params['b'] is the Python number 0.0, wanted a floating-point array"),
+    (('"b": jnp.zeros(10)', '"b": jnp.zeros(10, int)'), "params['b'] is int32, wanted a floating-point array"),
+    (('"label"])\n\n\ndef example_m', '"label"]).astype("bfloat16")\n\n\ndef example_m'), "example_loss is bfloat16, wanted f"),
+    (('"label"])\n\n\ndef example_m', '"label"]).astype(int)\n\n\ndef example_m'), "example_loss is int32, wanted float32, w"),
+    (('{"loss": example_loss(params, model_state, example), ', "0 if True else {"), "example_metrics returned shape (), wanted s"),
     (("validation_accuracy", "validation_f1"), "target metric 'validation_f1' is not validation_ + one of ['accuracy', 'l"),
     (('load_source("digits", split)', "split"), "a split is of type str, wanted a bsjax.data.Source"),
     (('"digits"', '"digit"'), "unknown data set 'digit'; known are"),
@@ -158,6 +176,19 @@ def test_a_module_is_imported_from_the_current_folder(folder: Path) -> None:
     "workload": "mine.models.study:make",
     "workload_sha256": hashlib.sha256((package / "study.py").read_bytes()).hexdigest(),
   }
+
+
+def test_a_file_imports_its_neighbours(folder: Path) -> None:
+  """As `python there/study.py` could, also when the function is called; what was found before still comes first."""
+  (folder / "there").mkdir()
+  (folder / "there" / "neighbour.py").write_text(GOOD)
+  (folder / "there" / "study.py").write_text(
+    "import neighbour\ndef make():\n  from neighbour import make_workload\n  return make_workload()\n"
+  )
+  before = list(sys.path)
+  for _ in range(2):
+    assert load_workload("there/study.py:make").name == "my_softmax_regression"
+  assert sys.path == [*before, str(folder / "there")]
 
 
 def test_settings_of_a_file_hold_its_hash_and_of_a_name_none(folder: Path) -> None:
