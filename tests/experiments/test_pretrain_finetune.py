@@ -2,21 +2,30 @@
 
 import csv
 import functools
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bsjax.train.pool
 from bsjax.records import read_records
 from bsjax.study import run_command
+from bsjax.study.pretrain_plan import MOST_STARTS
+from bsjax.train import TrialConfig, init_state, restore_final
+from bsjax.types import Hparams
 from experiments import pretrain_finetune
 
 CLAIMS = ["pretrain_large", "finetune_small"]
 PARTS = ["pretrain", "finetune_small", "finetune_large"]
-OPTIONS = {"smoke": True, "arms": ("adamw_warmup_cosine",), "num_epochs": 8}
+ARM = "adamw_warmup_cosine"
+OPTIONS = {"smoke": True, "arms": (ARM,), "num_epochs": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,6 +72,17 @@ def test_fine_tuning_starts_from_what_its_pretraining_ended_with(out: Path) -> N
     first_losses.append(min(record.metrics[0]["validation_loss"] for record in records))
     assert {record.trial["config"]["workload"] for record in records} == {study["parts"][part]["workload"]}
   assert first_losses[0] != first_losses[1]
+  assert [name.rsplit("_", 1)[1] for name in names] == [digest_of(out, study, size) for size in (sizes[0], sizes[-1])]
+
+
+def digest_of(out: Path, study: dict[str, Any], size: int) -> str:
+  """The digest of what the final trials of a batch size ended with, array by array, trial after trial."""
+  workload = pretrain_finetune.TRANSFERS["digits"](data_dir=None, manual_dir=None, fake_data=False).pretrain
+  folder, ids = out / "pretrain_finetune" / "pretrain", study["parts"]["pretrain"]["tuned"][str(size)][ARM]["final"]
+  like = jax.eval_shape(functools.partial(init_state, workload, "adamw"), Hparams(0.1), jnp.uint32(0))
+  configs = [TrialConfig(workload.name, size, 1, 1, optimizer="adamw", parent=name) for name in ids]
+  params = [jax.tree.leaves(restore_final(folder, config, like).params) for config in configs[:MOST_STARTS]]
+  return hashlib.sha256(b"".join(np.stack(arrays).tobytes() for arrays in zip(*params, strict=True))).hexdigest()[:8]
 
 
 def test_noise_is_measured_half_way_at_the_smallest_batch_size_only(out: Path) -> None:
