@@ -212,7 +212,7 @@ def _canonical_convolve(x: Array, w: Array, stride: int, padding: tuple[tuple[in
   thirds, which pays only where the input has the fewer channels. Three channels of the input get zeros as a fourth.
 
   An image with fewer positions than the kernel is a matrix of what each position sees: XLA would exchange image and kernel, into a form
-  that its fast kernel does not take and that was 100 times slower for 5x5 on images of 4x4.
+  that its fast kernel does not take and that was 13 and 77 times slower in two cases (`docs/bench_train.md`).
   """
   (kernel_height, kernel_width, inputs, outputs), (rows, (low, high)) = w.shape, padding
   if x.shape[1] * x.shape[2] < kernel_height * kernel_width:
