@@ -55,6 +55,8 @@ class Case(NamedTuple):
   uses_key: bool
   """Whether the training loss changes with the key."""
   rounding: float
+  loss_flops: float
+  """Floating-point operations of one example's loss."""
 
   def train_losses(self, batch: Batch) -> np.ndarray:
     """Returns the training loss of a batch, f64[K]: at K = `KEYS` keys where it depends on the key, else at one."""
@@ -65,7 +67,8 @@ class Case(NamedTuple):
 
 def make_case(workload: Workload) -> Case:
   """Draws the initial parameters, and two batches without common examples where the training set allows."""
-  count, size = len(workload.train), _batch_size(workload)
+  count, flops = len(workload.train), _loss_flops(workload)
+  size = _batch_size(workload, flops)
   chosen = np.random.default_rng(0).permutation(count)
   batch, other = (
     {name: jnp.asarray(array) for name, array in workload.train.fetch(np.sort(half)).items()}
@@ -78,12 +81,12 @@ def make_case(workload: Workload) -> Case:
   losses = [float(train_loss(*variables, batch, jax.random.fold_in(key, number))[0]) for number in range(3)]
   uses_key = len(set(losses)) > 1 and bool(np.isfinite(losses).all())
   rounding = HALF_ROUNDING if "f16[" in text else ROUNDING  # of float16, and of bfloat16: "bf16["
-  return Case(workload, variables, batch, other, key, train_loss, uses_key, rounding)
+  return Case(workload, variables, batch, other, key, train_loss, uses_key, rounding, flops)
 
 
-def _batch_size(workload: Workload) -> int:
+def _batch_size(workload: Workload, loss_flops: float) -> int:
   """Chooses a power of two; the smallest size of the preset where training takes no such batch, as in ghost batches of another size."""
-  affordable = max(LEAST_BATCH_SIZE, BATCH_FLOPS / _loss_flops(workload))
+  affordable = max(LEAST_BATCH_SIZE, BATCH_FLOPS / loss_flops)
   size = 2 ** int(np.log2(min(BATCH_SIZE, affordable, max(1, len(workload.train) // 2))))
   batch = {name: jax.ShapeDtypeStruct((size, *one.shape), one.dtype) for name, one in workload.train.spec.items()}
   key = jax.random.key(0)

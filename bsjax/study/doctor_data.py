@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from bsjax.data import Source
-from bsjax.study.diagnosis import BATCH_SIZE, Case, Diagnosis, listed
+from bsjax.study.diagnosis import BATCH_SIZE, LEAST_BATCH_SIZE, Case, Diagnosis, listed
 from bsjax.train import chunked, eval_chunk, evaluate
 from bsjax.workloads import Workload
 
 MOST_RECORDS = 4096
 """Examples that are looked at of a split that is read record by record: the first."""
-MOST_EVALUATED = 1024
+MOST_EVALUATED, EVALUATED_FLOPS = 1024, 1e11
+"""Examples of a split that are evaluated, at most: the first; fewer where their losses take more operations, some seconds of a CPU core."""
 MOST_SHARED = 0.01
 """The share of an evaluation split that may be in the training set: well-known data sets have a few duplicates."""
 LABEL, TOKENS = "label", "tokens"
@@ -33,6 +34,10 @@ def _extent(workload: Workload) -> str:
   """Says how much was looked at where that is not all; to be put behind what was found."""
   on_disk = not all(isinstance(split, Source) for split in (workload.train, workload.validation, workload.test))
   return f" (looked at: the first {MOST_RECORDS:,} of each split)" if on_disk else ""
+
+
+def _most_evaluated(case: Case) -> int:
+  return int(min(MOST_EVALUATED, max(LEAST_BATCH_SIZE, EVALUATED_FLOPS / case.loss_flops)))
 
 
 def check_data(case: Case) -> Diagnosis:
@@ -128,7 +133,7 @@ def _check_losses(case: Case) -> Diagnosis:
   loss_of = functools.partial(case.workload.example_loss, *case.variables)
   losses = jax.jit(functools.partial(jax.lax.map, loss_of, batch_size=BATCH_SIZE))
   for role, arrays in _splits(case.workload).items():
-    first = {name: array[:MOST_EVALUATED] for name, array in arrays.items()}
+    first = {name: array[: _most_evaluated(case)] for name, array in arrays.items()}
     at = np.flatnonzero(~np.isfinite(losses(first)))
     if len(at):
       example = {name: array[at[0]] for name, array in first.items()}
@@ -138,7 +143,7 @@ def _check_losses(case: Case) -> Diagnosis:
   return Diagnosis(
     "labels",
     "note",
-    f"each loss is finite, of the first {MOST_EVALUATED:,} of each split; the classes are known only with example_outputs",
+    f"each loss is finite, of the first {_most_evaluated(case):,} of each split; the classes are known only with example_outputs",
   )
 
 
@@ -168,7 +173,7 @@ def check_classes(case: Case) -> Diagnosis:
 def check_metrics(case: Case) -> Diagnosis:
   """Evaluates `example_metrics` at the initial parameters: finite scalars, and the target not reached yet."""
   workload = case.workload
-  metric, data = workload.target.metric.removeprefix("validation_"), workload.validation.first(MOST_EVALUATED)
+  metric, data = workload.target.metric.removeprefix("validation_"), workload.validation.first(_most_evaluated(case))
   example = jax.tree.map(lambda array: array[0], case.batch)
   shapes = {
     name: value.shape for name, value in jax.eval_shape(workload.example_metrics, *case.variables, example).items()

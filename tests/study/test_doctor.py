@@ -48,6 +48,16 @@ def test_batches_of_costly_losses_are_smaller(share: float, expected: int, monke
   assert {len(array) for array in make_case(good()).batch.values()} == {expected}
 
 
+@pytest.mark.parametrize(("share", "expected"), [(1 / 100, 16), (1 / 10, 10), (1, 4)])
+def test_costly_losses_are_evaluated_on_fewer_examples(
+  share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Of 16; `share` as above, of the operations that an evaluation may take."""
+  case = make_case(good())
+  monkeypatch.setattr(bsjax.study.doctor_data, "EVALUATED_FLOPS", case.loss_flops / share)
+  assert f" on {expected} examples" in CHECKS["metrics"](case).message
+
+
 def test_one_failing_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
   def fails(params, model_state, example):
     raise KeyError("no such array")
