@@ -47,9 +47,7 @@ def find_folders(tfds_name: str, data_dir: PathLike | None, manual_dir: PathLike
 
 def is_writable(folder: Path) -> bool:
   """Returns whether files may be put into `folder`, made if need be. A mode without any write bit binds root, too."""
-  nearest = next(
-    path for path in (folder, *folder.parents) if os.path.exists(path)
-  )  # False for what may not be looked at
+  nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # no for what may not be seen
   return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) and bool(nearest.stat().st_mode & 0o222)
 
 

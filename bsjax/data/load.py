@@ -96,7 +96,9 @@ def prepare_data(name: str, *, data_dir: PathLike | None = None, manual_dir: Pat
   folders = find_folders(dataset.tfds_name, data_dir, manual_dir)
   for part in dataset.parts:
     if dataset.by_record:
-      open_records(dataset, part, _copy(dataset, folders))
+      root = _copy(dataset, folders)
+      with quiet(dataset):
+        open_records(dataset, part, root)
     if not dataset.by_record or dataset.labels is not None:
       _part(dataset, part, folders)
   return _copy_root(dataset, folders) or folders.own
