@@ -14,7 +14,18 @@ os.environ.setdefault(
 )
 os.environ.setdefault("NPROC", "16")  # before jax: fake devices of a child process dead-lock on two cores without it
 
+import sys
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def same_path() -> Iterator[None]:
+  """Forgets the folders that a test imported from: a workload's file puts its own on the path of its process."""
+  before = list(sys.path)
+  yield
+  sys.path[:] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ from bsjax.types import Array, Batch, Key, ModelState, Params, Variables
 from bsjax.workloads import Workload
 
 Status = Literal["ok", "fix", "note"]
-BATCH_SIZE, LEAST_BATCH_SIZE = 32, 4
+BATCH_SIZE, LEAST_BATCH_SIZE = 32, 2
 """Examples of a batch that the loss is looked at with, at most: a power of two, of which the data set holds two."""
 BATCH_FLOPS = 3e10
 """Floating-point operations of the losses of a batch, about a second on a CPU core: where more, the batch has fewer examples, at least
