@@ -136,3 +136,8 @@ def stock_tensorflow() -> Any:
 
   gfile = SimpleNamespace(GFile=open, glob=glob.glob, isdir=os.path.isdir)
   return SimpleNamespace(io=SimpleNamespace(gfile=gfile))
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+  """Stands in for what must not be called."""
+  raise AssertionError("not to be called")
