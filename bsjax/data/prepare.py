@@ -277,4 +277,4 @@ def quiet(dataset: Dataset) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
   """Returns the type and the message of an error, of which the first 600 characters."""
-  return textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...").rstrip(".")
+  return textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" [...]").rstrip(".")
